@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module: builds plans, checks everything with the GIL held, then runs without it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "refresh.h"
+
+#ifndef PYUPDATE_MODULE_NAME
+#define PYUPDATE_MODULE_NAME _C
+#endif
+
+namespace py = pybind11;
+
+namespace pyupdate {
+namespace {
+
+// ----- the instruction set, chosen when the module is loaded
+
+const cpu::Builds& builds() {
+  static const cpu::Builds found = cpu::runnable_builds();
+  return found;
+}
+
+const cpu::Passes* chosen = nullptr;
+
+const cpu::Passes& passes() {
+  if (chosen == nullptr) chosen = builds().passes[builds().count - 1];
+  return *chosen;
+}
+
+void use_isa(const std::string& name) {
+  std::string known;
+  for (int i = 0; i < builds().count; ++i) {
+    if (name == builds().passes[i]->isa) {
+      chosen = builds().passes[i];
+      return;
+    }
+    known += std::string(known.empty() ? "" : ", ") + builds().passes[i]->isa;
+  }
+  throw py::value_error("instruction set '" + name + "' is not built or cannot run here; there are: " + known);
+}
+
+int64_t index_of_rule(const std::string& name) {
+  for (int i = 0; i < passes().rule_count; ++i) {
+    if (name == passes().rules[i].name) return i;
+  }
+  throw py::value_error("no compiled rule is named '" + name + "'");
+}
+
+int64_t index_of_storage(const std::string& name) {
+  for (int i = 0; i < cpu::kStorages; ++i) {
+    if (name == passes().storages[i].name) return i;
+  }
+  throw py::value_error("no compiled storage is named '" + name + "'");
+}
+
+// ----- plans
+
+// (rule, state keys, whether torch counts its steps), a group each.
+using GroupSpec = std::tuple<std::string, std::vector<std::string>, bool>;
+
+std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& types,
+                                const py::handle& increment_version,
+                                const std::vector<GroupSpec>& groups, const py::list& params,
+                                const std::vector<std::string>& storages,
+                                const std::vector<int32_t>& group_of,
+                                const std::vector<int32_t>& positions) {
+  const size_t rows = params.size();
+  if (storages.size() != rows || group_of.size() != rows || positions.size() != rows) {
+    throw py::value_error("a plan needs a storage, a group and a position for each parameter");
+  }
+  Plan::Interface interface;
+  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  interface.exchange = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  if (interface.exchange == nullptr) throw py::error_already_set();
+  if (interface.exchange->version.major != dlpack::kMajorVersion ||
+      interface.exchange->tensor_from_object == nullptr) {
+    throw py::value_error("this torch's DLPack exchange API is not of major version 1");
+  }
+  const py::object grad = tensor_type.attr("grad");
+  const py::object is_neg = tensor_type.attr("is_neg");
+  if (Py_TYPE(grad.ptr())->tp_descr_get == nullptr) {
+    throw py::type_error("Tensor.grad is no descriptor");
+  }
+  interface.grad = grad.ptr();
+  interface.is_neg = is_neg.ptr();
+  interface.increment_version = increment_version.ptr();
+  for (const py::handle type : types) {
+    if (!PyType_Check(type.ptr())) throw py::type_error("types must be types");
+    interface.types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  }
+  std::vector<GroupRule> rules;
+  for (const auto& [rule, keys, has_step] : groups) {
+    // A group of whose parameters the plan has none may name no rule.
+    GroupRule group{rule.empty() ? 0 : index_of_rule(rule), {}, has_step, rule.empty()};
+    if (!rule.empty() && keys.size() != static_cast<size_t>(passes().rules[group.rule].states)) {
+      throw py::value_error("rule '" + rule + "' was compiled with another number of states");
+    }
+    for (const std::string& key : keys) {
+      group.state_keys.push_back(PyUnicode_InternFromString(key.c_str()));
+    }
+    rules.push_back(std::move(group));
+  }
+  std::vector<PyObject*> objects;
+  std::vector<int64_t> storage;
+  for (size_t r = 0; r < rows; ++r) {
+    if (group_of[r] < 0 || static_cast<size_t>(group_of[r]) >= rules.size() || positions[r] < 0) {
+      throw py::value_error("a parameter's group or position is out of range");
+    }
+    objects.push_back(params[r].ptr());
+    storage.push_back(index_of_storage(storages[r]));
+  }
+  return std::make_unique<Plan>(std::move(interface), std::move(rules), std::move(objects),
+                                std::move(storage), group_of, positions);
+}
+
+using Numbers = std::vector<std::vector<double>>;
+
+// Makes a plan unusable for a second step while one runs.
+class Busy {
+ public:
+  explicit Busy(Plan& plan) : plan_(plan) {
+    if (plan.busy) throw std::runtime_error("this optimizer is being stepped by another thread");
+    plan.busy = true;
+  }
+  ~Busy() { plan_.busy = false; }
+  Busy(const Busy&) = delete;
+
+ private:
+  Plan& plan_;
+};
+
+Found refresh(Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers) {
+  return plan.refresh(passes(), groups.ptr(), state.ptr(), numbers);
+}
+
+// The GIL while a region runs: dropped at once where there is a reduce pass, else after the version
+// counters were bumped, which the calling thread does while the others begin to write.
+struct Gil {
+  const Plan& plan;
+  PyThreadState* saved = nullptr;
+  std::optional<py::error_already_set> error;
+
+  void drop() { saved = PyEval_SaveThread(); }
+  void take() {
+    if (saved != nullptr) PyEval_RestoreThread(saved);
+    saved = nullptr;
+  }
+  void bump() {
+    const py::object written = py::reinterpret_steal<py::object>(plan.written());
+    const py::object done = py::reinterpret_steal<py::object>(
+        written ? PyObject_CallOneArg(plan.increment_version(), written.ptr()) : nullptr);
+    if (!done) error.emplace();
+  }
+};
+
+cpu::Outcome run(Plan& plan, const cpu::Request& wanted) {
+  Gil gil{plan, nullptr, {}};
+  cpu::Request request = wanted;
+  request.context = &gil;
+  request.before_writing = [](void* context) {
+    Gil& held = *static_cast<Gil*>(context);
+    held.take();
+    held.bump();
+    held.drop();
+  };
+  if (request.reduce) gil.drop();
+  const cpu::Outcome outcome = cpu::run(passes(), plan.tables(), request);
+  gil.take();
+  if (request.apply && !outcome.skipped) plan.count_step();
+  if (gil.error) throw std::move(*gil.error);
+  return outcome;
+}
+
+// (what the refresh found, the rows that it noticed, norm, non-finite, skipped, multiplier)
+using Answer = std::tuple<Found, std::vector<int64_t>, double, bool, bool, double>;
+
+Answer answer(Found found, const Plan& plan, const cpu::Outcome& outcome) {
+  return {found,          plan.noticed(),  outcome.norm, outcome.nonfinite,
+          outcome.skipped, outcome.multiplier};
+}
+
+Answer step(Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
+            bool reduce, bool skip_nonfinite, double unscale, double max_norm, int threads) {
+  const Busy busy(plan);
+  const GradientsHeld held(plan);
+  const Found found = refresh(plan, groups, state, numbers);
+  if (found != Found::kReady) return answer(found, plan, {});
+  cpu::Request request;
+  request.reduce = reduce;
+  request.skip_nonfinite = skip_nonfinite;
+  request.unscale = request.multiplier = unscale;
+  request.max_norm = max_norm;
+  request.threads = threads;
+  return answer(found, plan, run(plan, request));
+}
+
+// The refresh alone.
+std::tuple<Found, std::vector<int64_t>> check(Plan& plan, const py::list& groups,
+                                              const py::dict& state, const Numbers& numbers) {
+  const Busy busy(plan);
+  const GradientsHeld held(plan);
+  const Found found = refresh(plan, groups, state, numbers);
+  return {found, plan.noticed()};
+}
+
+// What a `check` has just found right is refreshed again: nothing is ever taken on trust.
+void refresh_again(Plan& plan, const py::list& groups, const py::dict& state,
+                   const Numbers& numbers, bool fresh_is_fine) {
+  const Found found = refresh(plan, groups, state, numbers);
+  if (found == Found::kReady || (fresh_is_fine && found == Found::kFresh)) return;
+  throw std::runtime_error("the optimizer was changed by another thread during its step");
+}
+
+// The reduce pass alone: whether an inf or nan was found, the rows that have a gradient, and the sum
+// of squares of each.
+std::tuple<bool, std::vector<int64_t>, std::vector<double>> reduce(
+    Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
+    double unscale, int threads) {
+  const Busy busy(plan);
+  const GradientsHeld held(plan);
+  refresh_again(plan, groups, state, numbers, true);
+  cpu::Request request;
+  request.reduce = true;
+  request.apply = false;
+  request.unscale = unscale;
+  request.threads = threads;
+  std::vector<double> sums;
+  cpu::Outcome outcome;
+  {
+    py::gil_scoped_release release;
+    outcome = cpu::reduce_rows(passes(), plan.tables(), request, sums);
+  }
+  return {outcome.nonfinite, plan.active(), sums};
+}
+
+// The apply pass alone, with a multiplier that somebody made of several plans' sums.
+void apply(Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
+           double multiplier, int threads) {
+  const Busy busy(plan);
+  const GradientsHeld held(plan);
+  refresh_again(plan, groups, state, numbers, false);
+  cpu::Request request;
+  request.multiplier = multiplier;
+  request.threads = threads;
+  run(plan, request);
+}
+
+std::vector<std::string> names_of_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < builds().count; ++i) names.emplace_back(builds().passes[i]->isa);
+  return names;
+}
+
+std::vector<std::string> names_of_rules() {
+  std::vector<std::string> names;
+  for (int i = 0; i < passes().rule_count; ++i) names.emplace_back(passes().rules[i].name);
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+#ifdef PYUPDATE_COMPILER
+  info["compiler"] = PYUPDATE_COMPILER;
+#endif
+#ifdef PYUPDATE_FLAGS
+  info["flags"] = PYUPDATE_FLAGS;
+#endif
+  info["threading"] = cpu::threading();
+  return info;
+}
+
+}  // namespace
+}  // namespace pyupdate
+
+PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
+  using namespace pyupdate;
+  m.doc() = "Compiled passes of pyupdate: plans of torch parameters, stepped on the CPU.";
+  cpu::watch_for_fork();
+
+  py::enum_<Found>(m, "Found")
+      .value("READY", Found::kReady)
+      .value("FRESH", Found::kFresh)
+      .value("STALE", Found::kStale)
+      .value("SUSPECT", Found::kSuspect)
+      .value("OVERLAP", Found::kOverlap);
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init(&make_plan), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
+           py::arg("increment_version"), py::arg("groups"), py::arg("params"), py::arg("storages"),
+           py::arg("group_of"), py::arg("positions"))
+      .def("step", &step, py::arg("groups"), py::arg("state"), py::arg("numbers"),
+           py::arg("reduce"), py::arg("skip_nonfinite"), py::arg("unscale"), py::arg("max_norm"),
+           py::arg("threads"))
+      .def("check", &check, py::arg("groups"), py::arg("state"), py::arg("numbers"))
+      .def("reduce", &reduce, py::arg("groups"), py::arg("state"), py::arg("numbers"),
+           py::arg("unscale"), py::arg("threads"))
+      .def("apply", &apply, py::arg("groups"), py::arg("state"), py::arg("numbers"),
+           py::arg("multiplier"), py::arg("threads"))
+      .def("vouch", &Plan::vouch)
+      .def("active", &Plan::active)
+      .def("nbytes", &Plan::bytes)
+      .def("chunks", [](Plan& plan) { return plan.tables().chunks(); });
+
+  m.def("isa", [] { return std::string(passes().isa); });
+  m.def("isas", &names_of_isas);
+  m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("rules", &names_of_rules);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one place that knows threads.
+//
+// OpenMP by default: linked to libgomp.so.1 by its plain name, the module shares the pool of the
+// torch that was loaded before it, so two pools never fight for the cores. A forked child cannot
+// use that pool (GNU OpenMP hangs there), and ThreadSanitizer cannot see its barriers: there, and
+// where the compiler has no OpenMP, plain threads are made for each region (about 20 us each).
+#pragma once
+#include <pthread.h>
+
+#include <atomic>
+#include <barrier>
+#include <thread>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace pyupdate::cpu {
+
+// One thread's view of a parallel region.
+struct Team {
+  int rank;
+  int size;
+  std::barrier<>* threads;  // null in an OpenMP region
+
+  void barrier() const {
+    if (threads != nullptr) {
+      threads->arrive_and_wait();
+      return;
+    }
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+  }
+};
+
+inline std::atomic<bool>& in_forked_child() {
+  static std::atomic<bool> forked{false};
+  return forked;
+}
+
+// Called once when the module is loaded.
+inline void watch_for_fork() {
+  in_forked_child();
+  pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
+}
+
+inline const char* threading() {
+#ifdef _OPENMP
+  return in_forked_child() ? "threads (forked child)" : "OpenMP";
+#else
+  return "threads";
+#endif
+}
+
+// Runs body(team) on up to `size` threads, the caller being rank 0. `body` must not throw.
+template <class Body>
+void parallel(int size, const Body& body) {
+  if (size <= 1) {
+    body(Team{0, 1, nullptr});
+    return;
+  }
+#ifdef _OPENMP
+  if (!in_forked_child()) {
+#pragma omp parallel num_threads(size)
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), nullptr});
+    return;
+  }
+#endif
+  std::barrier<> barrier(size);
+  std::vector<std::thread> others;
+  for (int rank = 1; rank < size; ++rank) {
+    others.emplace_back([&body, &barrier, rank, size] { body(Team{rank, size, &barrier}); });
+  }
+  body(Team{0, size, &barrier});
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace pyupdate::cpu

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU loops over element.h, for every rule and storage. CMake builds this file once for each
+// instruction set, with PYUPDATE_ISA naming it; the compiler vectorises, there are no intrinsics.
+#include "passes.h"
+
+#include "../element.h"
+#include "../reduce.h"
+#include "rules_generated.h"
+
+#define PYUPDATE_STRING_(x) #x
+#define PYUPDATE_STRING(x) PYUPDATE_STRING_(x)
+
+namespace pyupdate {
+inline namespace PYUPDATE_ISA {
+namespace {
+
+using cpu::Block;
+using cpu::Kernel;
+using cpu::RuleInfo;
+using cpu::StorageInfo;
+
+static_assert(Storages::size == cpu::kStorages);
+
+// No two roles of a block overlap (the front end has seen to that), so iterations are independent.
+template <class Stage, class Storage>
+void run(const Block& block) {
+  using T = typename Storage::Compute;
+  const Roles<Storage> at = Roles<Storage>::of(block.role);
+  const T multiplier = static_cast<T>(block.multiplier);
+  const Place place{block.seed, block.step, block.element};
+  T hyper[Stage::kHypers + 1], sum_in[Stage::kSumsRead + 1], sum_out[Stage::kSums + 1];
+  for (int k = 0; k < Stage::kHypers; ++k) hyper[k] = static_cast<T>(block.hyper[k]);
+  for (int k = 0; k < Stage::kSumsRead; ++k) sum_in[k] = static_cast<T>(block.sum[k]);
+  if constexpr (Stage::kSums == 0) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < block.count; ++i) {
+      element<Stage, Storage>(at, i, multiplier, hyper, sum_in, sum_out, place);
+    }
+  } else {
+    T* lanes = static_cast<T*>(block.lanes);
+    for (int64_t start = 0; start < block.count; start += kLanes) {
+      const int64_t n = block.count - start < kLanes ? block.count - start : kLanes;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        element<Stage, Storage>(at, start + i, multiplier, hyper, sum_in, sum_out, place);
+        for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] += sum_out[k];
+      }
+    }
+  }
+}
+
+template <class Stage, class Storage>
+constexpr Kernel kernel() {
+  return {run<Stage, Storage>, Stage::kReads, Stage::kWrites, Stage::kSums, Stage::kFirstSum};
+}
+
+// ----- the tables: every rule x stage x storage, expanded here and nowhere else
+
+template <class T>
+void clear(void* lanes, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) static_cast<T*>(lanes)[i] = T(0);
+}
+
+template <class T>
+double sum(const void* lanes, int64_t n) {
+  return sum_of_lanes(static_cast<const T*>(lanes), n);
+}
+
+constexpr const char* name_of(fp64) { return "float64"; }
+constexpr const char* name_of(fp32) { return "float32"; }
+constexpr const char* name_of(bf16) { return "bfloat16"; }
+constexpr const char* name_of(fp16) { return "float16"; }
+
+template <class S>
+constexpr StorageInfo storage_info() {
+  using T = typename S::Compute;
+  constexpr int64_t param = sizeof(typename S::Param), grad = sizeof(typename S::Grad);
+  constexpr int64_t state = sizeof(typename S::State);
+  return {name_of(typename S::Param{}), {param, grad, state, state, state, state},
+          int64_t{sizeof(T)},           clear<T>,
+          sum<T>,                       kernel<squared_stage, S>(),
+          kernel<nonfinite_stage, S>()};
+}
+
+template <class... S>
+struct StorageTable {
+  static constexpr StorageInfo rows[] = {storage_info<S>()...};
+};
+template <class... S>
+constexpr const StorageInfo* storage_table(List<S...>) {
+  return StorageTable<S...>::rows;
+}
+
+template <class Stage, class... S>
+constexpr void add_stage(RuleInfo& info, int stage, List<S...>) {
+  int storage = 0;
+  ((info.kernels[stage][storage++] = kernel<Stage, S>()), ...);
+}
+
+template <class Rule, class... Stage>
+constexpr RuleInfo rule_info(List<Stage...>) {
+  static_assert(Rule::kStates <= kMaxStates && Rule::kSums <= kMaxSums);
+  static_assert(sizeof...(Stage) <= kMaxStages);
+  RuleInfo info{Rule::kName,   Rule::kStates,    Rule::kNumbers, Rule::kHypers,
+                Rule::kSums,   sizeof...(Stage), Rule::prepare,  {}};
+  int stage = 0;
+  (add_stage<Stage>(info, stage++, Storages{}), ...);
+  return info;
+}
+
+template <class... Rule>
+struct RuleTable {
+  static constexpr RuleInfo rows[] = {rule_info<Rule>(typename Rule::Stages{})...};
+};
+template <class... Rule>
+constexpr const RuleInfo* rule_table(List<Rule...>) {
+  return RuleTable<Rule...>::rows;
+}
+
+double tree(double* x, int64_t n) { return halving_tree(x, n); }
+
+double multiplier_of(double norm, double unscale, double max_norm) {
+  return text::multiplier<double>(norm, unscale, max_norm);
+}
+
+}  // namespace
+
+extern const cpu::Passes passes;
+const cpu::Passes passes = {PYUPDATE_STRING(PYUPDATE_ISA),
+                            Rules::size,
+                            rule_table(Rules{}),
+                            storage_table(Storages{}),
+                            tree,
+                            multiplier_of};
+
+}  // namespace PYUPDATE_ISA
+}  // namespace pyupdate

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one instruction set's build of passes.cpp offers: its rules, each with its compiled stages.
+#pragma once
+#include "../plan.h"
+
+namespace pyupdate::cpu {
+
+// A run of elements of one row, laid flat.
+struct Block {
+  void* role[kMaxRoles];  // first element of each role; unused ones may be null
+  int64_t count;
+  int64_t element;      // index in its row of the first element
+  int64_t step;         // the step count, for a store that draws
+  int64_t seed;         // likewise
+  double multiplier;    // of the gradient
+  const double* hyper;  // the hypers of the row's hyper row
+  const double* sum;    // the row's sums that earlier stages left
+  void* lanes;          // kMaxSums x kLanes of the compute type; a stage with sums adds to them
+};
+
+// One stage, compiled for one storage.
+struct Kernel {
+  void (*run)(const Block&) = nullptr;
+  unsigned reads = 0;   // bit k: role k
+  unsigned writes = 0;  // likewise
+  int sums = 0;         // how many it leaves
+  int first_sum = 0;    // index of the first of them among the rule's sums
+};
+
+constexpr int kStorages = 4;
+
+struct StorageInfo {
+  const char* name;  // of the parameter's type; the other roles have the same so far
+  int64_t itemsize[kMaxRoles];
+  int64_t compute_size;
+  // Lane arrays are of the compute type: clear the first n lanes, add up those of n elements.
+  void (*clear)(void* lanes, int64_t n);
+  double (*sum)(const void* lanes, int64_t n);
+  Kernel squared;    // the reduce pass
+  Kernel nonfinite;  // its second look, where a sum is not finite
+};
+
+struct RuleInfo {
+  const char* name;
+  int states, numbers, hypers, sums, stages;
+  void (*prepare)(const double* number, double* hyper);
+  Kernel kernels[kMaxStages][kStorages];
+};
+
+struct Passes {
+  const char* isa;
+  int rule_count;
+  const RuleInfo* rules;
+  const StorageInfo* storages;  // kStorages of them
+  double (*halving_tree)(double* x, int64_t n);
+  double (*multiplier)(double norm, double unscale, double max_norm);
+};
+
+// The builds that exist, best last; those that this machine cannot run are left out.
+struct Builds {
+  const Passes* passes[3];
+  int count;
+};
+Builds runnable_builds();
+
+}  // namespace pyupdate::cpu

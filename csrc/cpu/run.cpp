@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parallel region of a CPU step: reduce pass, one multiplier, apply stages.
+#include "run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "../reduce.h"
+#include "parallel.h"
+
+namespace pyupdate::cpu {
+
+namespace {
+
+// Below this many elements a second thread costs more than it brings (a region takes some 3 us).
+constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kItemElements = kChunk;
+
+int64_t chunks_of(int64_t size) { return std::max<int64_t>(1, (size + kChunk - 1) / kChunk); }
+
+// Hands the items out: each thread takes those of its own share first, so that a thread touches the
+// same memory step after step, then what is left of the others'.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+// What a thread needs beside its stack frames.
+struct Workspace {
+  alignas(64) char lanes[kMaxSums * kLanes * sizeof(double)];
+  alignas(64) char scratch[kMaxRoles][kLanes * sizeof(double)];
+};
+
+}  // namespace
+
+// ----- tables ------------------------------------------------------------------------------------
+
+void Tables::clear_rows() {
+  rows.clear();
+  addresses.clear();
+  layouts.clear();
+}
+
+void Tables::add_row(const Row& row, const int64_t* row_addresses) {
+  rows.push_back(row);
+  rows.back().chunk = rows.size() == 1 ? 0 : rows.end()[-2].chunk + chunks_of(rows.end()[-2].size);
+  addresses.insert(addresses.end(), row_addresses, row_addresses + width_);
+}
+
+void Tables::append(const Tables& other) {
+  const auto hyper_rows_before = static_cast<int64_t>(hyper_rows.size());
+  const auto hypers_before = static_cast<int64_t>(hypers.size());
+  const auto layouts_before = static_cast<int64_t>(layouts.size());
+  for (size_t i = 0; i < other.rows.size(); ++i) {
+    Row row = other.rows[i];
+    row.hyper += hyper_rows_before;
+    if (row.layout >= 0) row.layout += layouts_before;
+    add_row(row, &other.addresses[i * static_cast<size_t>(width_)]);
+  }
+  for (HyperRow hyper : other.hyper_rows) {
+    hyper.offset += hypers_before;
+    hyper_rows.push_back(hyper);
+  }
+  hypers.insert(hypers.end(), other.hypers.begin(), other.hypers.end());
+  layouts.insert(layouts.end(), other.layouts.begin(), other.layouts.end());
+}
+
+void Tables::cut() {
+  items_.clear();
+  int64_t filled = kItemElements;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    for (int64_t chunk = 0; chunk < chunks_of(rows[r].size); ++chunk) {
+      const int64_t count = std::min(kChunk, rows[r].size - chunk * kChunk);
+      if (filled + count > kItemElements) {
+        items_.push_back(static_cast<int64_t>(r) << 32 | chunk);
+        filled = 0;
+      }
+      filled += std::max<int64_t>(count, 64);  // a tiny row costs more than its elements
+    }
+  }
+}
+
+int64_t Tables::chunks() const {
+  return rows.empty() ? 0 : rows.back().chunk + chunks_of(rows.back().size);
+}
+
+int64_t Tables::elements() const {
+  int64_t total = 0;
+  for (const Row& row : rows) total += row.size;
+  return total;
+}
+
+int64_t Tables::bytes() const {
+  const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
+  return of(rows) + of(addresses) + of(hyper_rows) + of(hypers) + of(layouts) + of(items_) +
+         of(chunk_sums_) + of(row_sums_);
+}
+
+// ----- the region --------------------------------------------------------------------------------
+
+class Region {
+ public:
+  Region(const Passes& passes, Tables& tables, const Request& request)
+      : passes_(passes), tables_(tables), request_(request) {
+    for (const HyperRow& hyper : tables.hyper_rows) {
+      stages_ = std::max(stages_, passes.rules[hyper.rule].stages);
+      sums_ = std::max(sums_, passes.rules[hyper.rule].sums);
+    }
+    if (request.reduce || sums_ > 0) {
+      tables.chunk_sums_.resize(static_cast<size_t>(tables.chunks() * std::max(1, sums_)));
+      tables.row_sums_.assign(tables.rows.size() * static_cast<size_t>(std::max(1, sums_)), 0.0);
+    }
+    const int64_t wanted = tables.elements() / kElementsPerThread;
+    threads_ = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, request.threads)));
+    sweeps_ = 1 + (request.apply ? stages_ : 0);
+    shares_ = std::make_unique<Share[]>(static_cast<size_t>(threads_ * sweeps_));
+    outcome_.multiplier = request.multiplier;
+  }
+
+  Outcome run() {
+    if (tables_.rows.empty() && !request_.reduce) return outcome_;
+    parallel(threads_, [this](const Team& team) { work(team); });
+    return outcome_;
+  }
+
+  const std::vector<double>& row_sums() const { return tables_.row_sums_; }
+
+  // The reduce pass alone; leaves the rows' sums in row_sums().
+  Outcome reduce() {
+    parallel(threads_, [this](const Team& team) {
+      Workspace workspace;
+      set_shares(team);
+      team.barrier();
+      reduce_chunks(team, workspace);
+    });
+    add_chunks(0, 1);
+    outcome_.nonfinite = nonfinite_;
+    return outcome_;
+  }
+
+ private:
+  void work(const Team& team) {
+    Workspace workspace;
+    set_shares(team);
+    team.barrier();
+    if (request_.reduce) {
+      reduce_chunks(team, workspace);
+      team.barrier();
+      if (team.rank == 0) finish_reduce();
+      team.barrier();
+    }
+    if (!request_.apply || outcome_.skipped) return;
+    if (team.rank == 0 && request_.before_writing) request_.before_writing(request_.context);
+    for (int stage = 0; stage < stages_; ++stage) {
+      apply_chunks(team, workspace, stage);
+      if (stage + 1 == stages_) break;
+      team.barrier();
+      if (team.rank == 0) add_stage_sums(stage);
+      team.barrier();
+    }
+  }
+
+  void set_shares(const Team& team) {
+    const auto items = static_cast<int64_t>(tables_.items_.size());
+    for (int sweep = 0; sweep < sweeps_; ++sweep) {
+      // A smaller team than asked for: the last rank takes the shares that nobody has.
+      const int last = team.rank + 1 == team.size ? threads_ : team.rank + 1;
+      for (int rank = team.rank; rank < last; ++rank) {
+        Share& share = shares_[static_cast<size_t>(sweep * threads_ + rank)];
+        share.next = items * rank / threads_;
+        share.end = items * (rank + 1) / threads_;
+      }
+    }
+  }
+
+  template <class Visit>
+  void sweep(const Team& team, int index, bool backwards, const Visit& visit) {
+    const std::vector<int64_t>& items = tables_.items_;
+    const auto last = static_cast<int64_t>(items.size()) - 1;
+    for (int turn = 0; turn < threads_; ++turn) {
+      Share& share = shares_[static_cast<size_t>(index * threads_ + (team.rank + turn) % threads_)];
+      for (;;) {
+        const int64_t taken = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (taken >= share.end) break;
+        const int64_t item = backwards ? last - taken : taken;
+        int64_t row = items[static_cast<size_t>(item)] >> 32;
+        int64_t chunk = items[static_cast<size_t>(item)] & 0xffffffff;
+        const int64_t end = item == last ? static_cast<int64_t>(tables_.rows.size()) << 32
+                                         : items[static_cast<size_t>(item) + 1];
+        while ((row << 32 | chunk) < end) {
+          visit(static_cast<size_t>(row), chunk);
+          if (++chunk == chunks_of(tables_.rows[static_cast<size_t>(row)].size)) ++row, chunk = 0;
+        }
+      }
+    }
+  }
+
+  // ----- reduce
+
+  void reduce_chunks(const Team& team, Workspace& workspace) {
+    bool nonfinite = false;
+    sweep(team, 0, false, [&](size_t r, int64_t chunk) {
+      const Row& row = tables_.rows[r];
+      const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
+      const StorageInfo& storage = passes_.storages[hyper.storage];
+      const int64_t count = std::min(kChunk, row.size - chunk * kChunk);
+      double* sum = &tables_.chunk_sums_[static_cast<size_t>(row.chunk + chunk)];
+      run_chunk(storage.squared, storage, r, chunk, request_.unscale, workspace);
+      *sum = storage.sum(workspace.lanes, count);
+      if (!std::isfinite(*sum)) {  // an inf or nan, or finite squares that overflowed
+        run_chunk(storage.nonfinite, storage, r, chunk, request_.unscale, workspace);
+        nonfinite = nonfinite || storage.sum(workspace.lanes, count) != 0.0;
+      }
+    });
+    if (nonfinite) nonfinite_.store(true, std::memory_order_relaxed);
+  }
+
+  void finish_reduce() {
+    add_chunks(0, 1);
+    const auto rows = static_cast<int64_t>(tables_.rows.size());
+    outcome_.norm = std::sqrt(passes_.halving_tree(tables_.row_sums_.data(), rows));
+    outcome_.nonfinite = nonfinite_;
+    outcome_.skipped = request_.skip_nonfinite && outcome_.nonfinite;
+    outcome_.multiplier = passes_.multiplier(outcome_.norm, request_.unscale, request_.max_norm);
+  }
+
+  // Adds the chunks of every row: the sum `index` of `stride` that each row has.
+  void add_chunks(int index, int stride) {
+    for (size_t r = 0; r < tables_.rows.size(); ++r) {
+      const Row& row = tables_.rows[r];
+      double* chunks = &tables_.chunk_sums_[static_cast<size_t>(index * tables_.chunks() + row.chunk)];
+      tables_.row_sums_[r * static_cast<size_t>(stride) + static_cast<size_t>(index)] =
+          passes_.halving_tree(chunks, chunks_of(row.size));
+    }
+  }
+
+  // ----- apply
+
+  void apply_chunks(const Team& team, Workspace& workspace, int stage) {
+    // Backwards: what the reduce pass read last is still in the cache.
+    sweep(team, 1 + stage, request_.reduce && stage == 0, [&](size_t r, int64_t chunk) {
+      const Row& row = tables_.rows[r];
+      const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
+      const RuleInfo& rule = passes_.rules[hyper.rule];
+      if (stage >= rule.stages) return;
+      const Kernel& kernel = rule.kernels[stage][hyper.storage];
+      const StorageInfo& storage = passes_.storages[hyper.storage];
+      run_chunk(kernel, storage, r, chunk, outcome_.multiplier * hyper.sign, workspace);
+      const int64_t count = std::min(kChunk, row.size - chunk * kChunk);
+      for (int k = 0; k < kernel.sums; ++k) {
+        const auto at = (kernel.first_sum + k) * tables_.chunks() + row.chunk + chunk;
+        tables_.chunk_sums_[static_cast<size_t>(at)] =
+            storage.sum(workspace.lanes + k * kLanes * storage.compute_size, count);
+      }
+      if (stage == 0 && chunk == 0 && row.step != 0) write_step(row.step, hyper.step);
+    });
+  }
+
+  void add_stage_sums(int stage) {
+    bool left[kMaxSums] = {};
+    for (const HyperRow& hyper : tables_.hyper_rows) {
+      const RuleInfo& rule = passes_.rules[hyper.rule];
+      if (stage >= rule.stages) continue;
+      const Kernel& kernel = rule.kernels[stage][hyper.storage];
+      for (int k = 0; k < kernel.sums; ++k) left[kernel.first_sum + k] = true;
+    }
+    for (int k = 0; k < sums_; ++k) {
+      if (left[k]) add_chunks(k, sums_);
+    }
+  }
+
+  static void write_step(int64_t tagged, int64_t step) {
+    if (tagged & 1) {
+      *reinterpret_cast<double*>(tagged - 1) = static_cast<double>(step);
+    } else {
+      *reinterpret_cast<float*>(tagged) = static_cast<float>(step);
+    }
+  }
+
+  // ----- one chunk
+
+  void run_chunk(const Kernel& kernel, const StorageInfo& storage, size_t r, int64_t chunk,
+                 double multiplier, Workspace& workspace) {
+    const Row& row = tables_.rows[r];
+    const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
+    const int64_t* address = &tables_.addresses[r * static_cast<size_t>(tables_.width_)];
+    const int64_t begin = chunk * kChunk;
+    Block block;
+    block.count = std::min(kChunk, row.size - begin);
+    block.element = begin;
+    block.step = hyper.step;
+    block.seed = 0;
+    block.multiplier = multiplier;
+    block.hyper = &tables_.hypers[static_cast<size_t>(hyper.offset)];
+    block.sum = sums_ == 0 ? nullptr : &tables_.row_sums_[r * static_cast<size_t>(sums_)];
+    block.lanes = workspace.lanes;
+    const int64_t lanes = std::min(block.count, kLanes);
+    for (int k = 0; k < kernel.sums; ++k) {
+      storage.clear(workspace.lanes + k * kLanes * storage.compute_size, lanes);
+    }
+    if (row.layout >= 0) {
+      run_strided(kernel, storage, block, address, &tables_.layouts[static_cast<size_t>(row.layout)],
+                  workspace);
+      return;
+    }
+    for (int64_t role = 0; role < tables_.width_; ++role) {
+      block.role[role] = reinterpret_cast<void*>(address[role] + begin * storage.itemsize[role]);
+    }
+    kernel.run(block);
+  }
+
+  // Gathers a strided row into flat scratch, runs the same kernel there, scatters what it wrote.
+  void run_strided(const Kernel& kernel, const StorageInfo& storage, Block block,
+                   const int64_t* address, const int64_t* layout, Workspace& workspace) {
+    const int64_t end = block.element + block.count;
+    for (int64_t begin = block.element; begin < end; begin += kLanes) {
+      block.element = begin;
+      block.count = std::min(kLanes, end - begin);
+      for (int64_t role = 0; role < tables_.width_; ++role) {
+        block.role[role] = workspace.scratch[role];
+        if (kernel.reads >> role & 1u) {
+          copy_strided<true>(block, role, storage.itemsize[role], address[role], layout);
+        }
+      }
+      kernel.run(block);
+      for (int64_t role = 0; role < tables_.width_; ++role) {
+        if (kernel.writes >> role & 1u) {
+          copy_strided<false>(block, role, storage.itemsize[role], address[role], layout);
+        }
+      }
+    }
+  }
+
+  // Walks `block`'s elements of one role in index order, the last dimension fastest.
+  template <bool kGather>
+  static void copy_strided(const Block& block, int64_t role, int64_t itemsize, int64_t address,
+                           const int64_t* layout) {
+    const int64_t dims = layout[Layout::kDims];
+    const int64_t* sizes = layout + Layout::kSizes;
+    const int64_t* strides = sizes + dims * (1 + role);
+    int64_t index[64];
+    int64_t rest = block.element;
+    for (int64_t d = dims - 1; d >= 0; --d) {
+      index[d] = rest % sizes[d];
+      rest /= sizes[d];
+      address += index[d] * strides[d];
+    }
+    char* flat = static_cast<char*>(block.role[role]);
+    for (int64_t i = 0; i < block.count; ++i, flat += itemsize) {
+      char* place = reinterpret_cast<char*>(address);
+      std::memcpy(kGather ? flat : place, kGather ? place : flat, static_cast<size_t>(itemsize));
+      for (int64_t d = dims - 1; d >= 0; --d) {
+        address += strides[d];
+        if (++index[d] < sizes[d]) break;
+        address -= sizes[d] * strides[d];
+        index[d] = 0;
+      }
+    }
+  }
+
+  const Passes& passes_;
+  Tables& tables_;
+  const Request& request_;
+  Outcome outcome_;
+  std::atomic<bool> nonfinite_{false};
+  std::unique_ptr<Share[]> shares_;
+  int threads_ = 1;
+  int sweeps_ = 1;
+  int stages_ = 0;
+  int sums_ = 0;
+};
+
+Outcome run(const Passes& passes, Tables& tables, const Request& request) {
+  return Region(passes, tables, request).run();
+}
+
+Outcome reduce_rows(const Passes& passes, Tables& tables, const Request& request,
+                    std::vector<double>& sums) {
+  Region region(passes, tables, request);
+  const Outcome outcome = region.reduce();
+  sums = region.row_sums();
+  return outcome;
+}
+
+}  // namespace pyupdate::cpu

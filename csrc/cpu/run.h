@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a plan on the CPU: one parallel region a step, over a flat list of (row, chunk).
+#pragma once
+#include <atomic>
+#include <vector>
+
+#include "../plan.h"
+#include "passes.h"
+
+namespace pyupdate::cpu {
+
+// The tables of plan.h with what this back end needs beside them: the list of work and the sums.
+class Tables {
+ public:
+  explicit Tables(int64_t width) : width_(width) {}
+
+  // Rows are added one by one; `addresses` are `width` of them.
+  void clear_rows();
+  void add_row(const Row& row, const int64_t* addresses);
+  // The rows of another table behind these: several models updated as one plan.
+  void append(const Tables& other);
+  // Cuts the rows into work; call it after rows were added, before `run`.
+  void cut();
+
+  int64_t width() const { return width_; }
+  int64_t bytes() const;
+  int64_t elements() const;
+  int64_t chunks() const;
+
+  std::vector<Row> rows;
+  std::vector<int64_t> addresses;
+  std::vector<HyperRow> hyper_rows;
+  std::vector<double> hypers;
+  std::vector<int64_t> layouts;
+
+ private:
+  friend class Region;
+  int64_t width_;
+  // Work: runs of chunks of about kChunk elements. An item is (row << 32 | chunk of the row) where
+  // the run starts; it ends where the next one starts.
+  std::vector<int64_t> items_;
+  std::vector<double> chunk_sums_;
+  std::vector<double> row_sums_;
+};
+
+struct Request {
+  bool reduce = false;        // take the norm and look for inf and nan
+  bool skip_nonfinite = false;  // write nothing if there are any
+  bool apply = true;
+  double unscale = 1.0;
+  double max_norm = -1.0;  // no clip below zero
+  double multiplier = 1.0;  // used as it is if `reduce` is off
+  int threads = 1;
+  // Called by the calling thread once it is certain that something will be written, while the
+  // others may already write.
+  void (*before_writing)(void* context) = nullptr;
+  void* context = nullptr;
+};
+
+struct Outcome {
+  double norm = -1.0;  // of the unscaled gradients, -1 if it was not taken
+  bool nonfinite = false;
+  bool skipped = false;
+  double multiplier = 1.0;
+};
+
+Outcome run(const Passes& passes, Tables& tables, const Request& request);
+
+// The sums of squares of the unscaled gradients, row by row, for a norm over several plans.
+Outcome reduce_rows(const Passes& passes, Tables& tables, const Request& request,
+                    std::vector<double>& sums);
+
+}  // namespace pyupdate::cpu

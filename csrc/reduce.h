@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one order in which anything is added up. Host and device.
+//
+//   element i of a chunk goes to lane i mod kLanes, by index, never by address
+//   a lane adds its elements in the compute type, in order
+//   lanes, then chunks of a row, then rows are added in fp64 by a halving tree
+//
+// So a sum does not depend on threads, instruction set, alignment or device. It does depend on how
+// the parameters are split and ordered.
+#pragma once
+#include "plan.h"
+#include "types.h"
+
+namespace pyupdate {
+inline namespace PYUPDATE_ISA {
+
+constexpr int64_t kLanes = 2048;  // 256 threads x 8 elements of 16 bytes
+static_assert(kChunk % kLanes == 0);
+
+// The smallest power of two that is not below n (n >= 1).
+PYUPDATE_HD int64_t tree_width(int64_t n) {
+  int64_t width = 1;
+  while (width < n) width *= 2;
+  return width;
+}
+
+// Adds x[0..n) by a halving tree over the next power of two, absent values being +0; n >= 0.
+// Overwrites x and returns its sum.
+PYUPDATE_HD double halving_tree(double* x, int64_t n) {
+  if (n == 0) return 0.0;
+  for (int64_t half = tree_width(n) / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i + half < n; ++i) x[i] += x[i + half];
+    n = half < n ? half : n;
+  }
+  return x[0];
+}
+
+// The sum of the lanes of a chunk of `count` elements; lanes from `count` on were never touched.
+template <class T>
+PYUPDATE_HD double sum_of_lanes(const T* lanes, int64_t count) {
+  double tree[kLanes];
+  const int64_t n = count < kLanes ? count : kLanes;
+  for (int64_t i = 0; i < n; ++i) tree[i] = static_cast<double>(lanes[i]);
+  return halving_tree(tree, n);
+}
+
+}  // namespace PYUPDATE_ISA
+}  // namespace pyupdate

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// A plan of torch parameters: re-reads every tensor at every step, and trusts nothing it has not
+// read in this step. Rows that it cannot vouch for go back to Python, which says what is wrong.
+#pragma once
+#include <Python.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/run.h"
+#include "dlpack.h"
+
+namespace pyupdate {
+
+// What a refresh found; anything but kReady means that nothing was written.
+enum class Found {
+  kReady,
+  kFresh,    // some rows have no state yet: Python makes it
+  kStale,    // the optimizer's parameters are not those of the plan: Python makes a new plan
+  kSuspect,  // a row is not plainly right: Python checks it, and says why or what to do
+  kOverlap,  // memory may be shared: Python checks exactly, then vouches for it
+};
+
+// One optimizer group as the rule sees it.
+struct GroupRule {
+  int64_t rule;                       // index into the module's rules
+  std::vector<PyObject*> state_keys;  // torch's keys, interned, in the rule's order
+  bool has_step;
+  bool idle;  // none of its parameters is in the plan
+};
+
+class Plan {
+ public:
+  struct Interface {  // what the plan needs of torch
+    const dlpack::ExchangeApi* exchange;
+    PyObject* grad;               // the descriptor of Tensor.grad
+    PyObject* is_neg;             // Tensor.is_neg: a lazily negated view has the wrong bytes
+    PyObject* increment_version;  // torch.autograd.graph.increment_version
+    std::vector<PyTypeObject*> types;  // those whose memory is theirs, no dispatching subclass
+  };
+
+  // `positions` says where in its group each parameter stands. Takes references.
+  Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObject*> params,
+       std::vector<int64_t> storages, std::vector<int32_t> group_of,
+       std::vector<int32_t> positions);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // `groups`: the optimizer's list of dicts; `state`: its dict; `numbers`: a group each, the sign of
+  // the gradient and then what the rule's prepare takes.
+  Found refresh(const cpu::Passes& passes, PyObject* groups, PyObject* state,
+                const std::vector<std::vector<double>>& numbers);
+
+  // The row that a refresh stopped at, or that has no state yet, one by one.
+  const std::vector<int64_t>& noticed() const { return noticed_; }
+  // The memory as it was last refreshed shares nothing: checked by somebody more patient.
+  void vouch() { vouched_ = fingerprint(); }
+
+  cpu::Tables& tables() { return tables_; }
+  const std::vector<int64_t>& active() const { return active_; }
+  // A new list of every tensor that the step writes; null with a Python error.
+  PyObject* written() const;
+  PyObject* increment_version() const { return interface_.increment_version; }
+  void count_step();
+  void set_counter(int64_t row, int64_t counter) { records_[size_t(row)].counter = counter; }
+  int64_t bytes() const;
+
+  bool busy = false;  // a step is running: a second one would tear it
+
+ private:
+  struct Record {
+    PyObject* param;   // owned
+    int64_t counter;   // steps made, -1 before the state was seen
+    int32_t group;
+    int32_t position;  // in its group's list
+  };
+  struct Interval {
+    int64_t start, end;
+  };
+  // One tensor as it was read; what the exchange API fills in stays torch's.
+  struct Read {
+    dlpack::Tensor tensor;
+    int64_t address;
+    bool contiguous;
+  };
+
+  Found read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* state,
+                  const std::vector<std::vector<double>>& numbers);
+  bool read(PyObject* object, int64_t storage, Read* out) const;
+  bool read_row(const cpu::Passes& passes, size_t r, PyObject* grad, PyObject* inner, size_t k,
+                bool* fresh);
+  bool read_step(size_t r, PyObject* step, int64_t* tagged);
+  bool add_layout(const Read* roles, int64_t count, Row* row);
+  PyObject* gradient(PyObject* param) const;
+  bool is_negated(PyObject* grad) const;
+  void drop_rows_from(size_t k);
+  void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
+  void add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
+                     const std::vector<std::vector<double>>& numbers);
+  Interval interval(size_t k, int64_t role) const;
+  bool plainly_injective(size_t k, int64_t role) const;
+  bool written_apart();
+  bool grads_apart() const;
+  uint64_t fingerprint() const;
+
+  Interface interface_;
+  std::vector<GroupRule> groups_;
+  std::vector<Record> records_;
+  std::vector<uint8_t> storages_;
+  int64_t states_;                // columns of held_: states, then the step counter
+  std::vector<PyObject*> held_;   // owned; what was found in the state at the last refresh
+  std::vector<int64_t> active_;   // rows with a gradient, in order
+  std::vector<PyObject*> grads_;  // owned during a refresh and a run
+  cpu::Tables tables_;
+  std::vector<Interval> intervals_;  // sorted: everything that is written
+  std::vector<int64_t> noticed_;
+  // Against the last refresh: which rows there are, where what is written lies, where gradients lie.
+  bool rows_changed_ = true;
+  bool written_moved_ = true;
+  bool grads_moved_ = true;
+  bool written_apart_ = false;
+  bool grads_apart_ = false;
+  uint64_t vouched_ = 0;
+
+  friend class GradientsHeld;
+};
+
+// Releases the gradients that a refresh holds when a step is over.
+class GradientsHeld {
+ public:
+  explicit GradientsHeld(Plan& plan) : plan_(plan) {}
+  ~GradientsHeld();
+
+ private:
+  Plan& plan_;
+};
+
+}  // namespace pyupdate

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the C++ functors of the update rules: the build runs this, nobody edits what it writes.
+
+    python -m pyupdate.kernels.emit_cpp --output rules_generated.h [--rules my_rules.py]
+
+Every function of the language becomes a template of the same name over the compute type T, with the
+same operations in the same order; literals become T(0.5). Every rule becomes a struct that the
+passes of csrc/ are generic over. What the language does not hold never gets here: `language.analyse`
+has refused it with its line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from . import rules as shipped
+from .language import PRIMITIVES, Function, Rule, Stage, analyse
+
+_OPERATORS = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+}
+
+_HEADER = """\
+// SPDX-License-Identifier: Apache-2.0
+// Written by kernels/emit_cpp.py from {sources}. Do not edit.
+#pragma once
+#include "types.h"
+
+namespace pyupdate {{
+inline namespace PYUPDATE_ISA {{
+
+// ----- the functions of the language, over the compute type
+namespace text {{
+{functions}
+}}  // namespace text
+
+// ----- the sums of the reduce pass, as stages
+{reductions}
+// ----- the rules, as the passes see them
+namespace rules {{
+{rules}
+}}  // namespace rules
+
+using Rules = List<{names}>;
+
+}}  // namespace PYUPDATE_ISA
+}}  // namespace pyupdate
+"""
+
+
+def emit(rules: Mapping[str, Rule], sources: Iterable[str]) -> str:
+    """The whole header for these rules."""
+    used: dict[str, Function] = {}
+    shared = [analyse(f) for f in (shipped.multiplier, shipped.squared, shipped.nonfinite)]
+    for function in shared:
+        _collect(function, used)
+    for entry in rules.values():
+        _collect(entry.prepare, used)
+        for stage in entry.stages:
+            _collect(stage.function, used)
+    return _HEADER.format(
+        sources=", ".join(sources),
+        functions="\n".join(map(_function, used.values())),
+        reductions="\n".join(_reduction(f.name) for f in shared[1:]),
+        rules="\n".join(map(_rule, rules.values())),
+        names=", ".join(f"rules::{name}" for name in rules),
+    )
+
+
+def _collect(function: Function, used: dict[str, Function]) -> None:
+    """Add a function after those that it calls; two functions of one name would be two truths."""
+    for call in function.calls:
+        _collect(call, used)
+    if used.setdefault(function.name, function) is not function:
+        message = f"two functions are named '{function.name}'"
+        raise ValueError(message)
+
+
+# ----- functions ---------------------------------------------------------------------------------
+
+
+def _function(function: Function) -> str:
+    several = len(function.results) > 1
+    result = f"{function.name}_results<T>" if several else "T"
+    lines = []
+    if several:
+        fields = " ".join(f"T {name};" for name in function.results)
+        lines += ["template <class T>", f"struct {function.name}_results {{ {fields} }};"]
+    arguments = ", ".join(f"T {name}" for name in function.arguments)
+    lines += ["template <class T>", f"PYUPDATE_HD {result} {function.name}({arguments}) {{"]
+    known = set(function.arguments)
+    for statement in function.tree.body:
+        lines += _statement(statement, function, known, "  ")
+    return "\n".join([*lines, "}"])
+
+
+def _statement(node: ast.stmt, function: Function, known: set[str], indent: str) -> list[str]:
+    if isinstance(node, ast.Expr):  # the docstring
+        return []
+    if isinstance(node, ast.Return):
+        assert node.value is not None
+        if isinstance(node.value, ast.Tuple):
+            return [f"{indent}return {{{', '.join(map(_expression, node.value.elts))}}};"]
+        return [f"{indent}return {_expression(node.value)};"]
+    if isinstance(node, ast.For):
+        assert isinstance(node.iter, ast.Call)
+        count = ast.literal_eval(node.iter.args[0])
+        inner = set(known)
+        body = [s for n in node.body for s in _statement(n, function, inner, indent + "  ")]
+        return [f"{indent}for (int turn = 0; turn < {count}; ++turn) {{", *body, f"{indent}}}"]
+    assert isinstance(node, ast.Assign)
+    target = node.targets[0]
+    if isinstance(target, ast.Name):
+        return [f"{indent}{_declared(target.id, known)} = {_expression(node.value)};"]
+    assert isinstance(target, ast.Tuple)
+    assert isinstance(node.value, ast.Call)
+    assert isinstance(node.value.func, ast.Name)
+    called = node.value.func.id
+    results = next(call.results for call in function.calls if call.name == called)
+    out = f"from_{called}_{node.lineno}"
+    return [
+        f"{indent}const auto {out} = {_expression(node.value)};",
+        *(
+            f"{indent}{_declared(name.id, known)} = {out}.{result};"
+            for name, result in zip(target.elts, results, strict=True)
+            if isinstance(name, ast.Name)
+        ),
+    ]
+
+
+def _declared(name: str, known: set[str]) -> str:
+    if name in known:
+        return name
+    known.add(name)
+    return f"T {name}"
+
+
+def _expression(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Constant | ast.UnaryOp):
+        return f"T({float(ast.literal_eval(node))!r})"
+    if isinstance(node, ast.BinOp):
+        operator = _OPERATORS[type(node.op)]
+        return f"({_expression(node.left)} {operator} {_expression(node.right)})"
+    if isinstance(node, ast.Compare):
+        operator = _OPERATORS[type(node.ops[0])]
+        return f"{_expression(node.left)} {operator} {_expression(node.comparators[0])}"
+    assert isinstance(node, ast.Call)
+    assert isinstance(node.func, ast.Name)
+    arguments = [_expression(argument) for argument in node.args]
+    if node.func.id == "where":
+        return f"({arguments[0]} ? {arguments[1]} : {arguments[2]})"
+    template = "" if node.func.id in PRIMITIVES else "<T>"
+    return f"{node.func.id}{template}({', '.join(arguments)})"
+
+
+# ----- rules -------------------------------------------------------------------------------------
+
+
+def _mask(names: Iterable[str], order: tuple[str, ...]) -> str:
+    return "|".join(f"1u << {order.index(name)}" for name in names) or "0u"
+
+
+def _rule(rule: Rule) -> str:
+    numbers = ", ".join(f"number[{i}]" for i in range(1 + len(rule.numbers)))
+    prepared = "\n".join(f"    hyper[{i}] = out.{name};" for i, name in enumerate(rule.hypers))
+    stages = "\n".join(_stage(rule, i, stage) for i, stage in enumerate(rule.stages))
+    names = ", ".join(f"stage{i}" for i in range(len(rule.stages)))
+    return f"""struct {rule.name} {{
+  static constexpr const char* kName = "{rule.name}";
+  static constexpr int kStates = {len(rule.state)};
+  static constexpr int kNumbers = {1 + len(rule.numbers)};  // step, {", ".join(rule.numbers)}
+  static constexpr int kHypers = {len(rule.hypers)};  // {", ".join(rule.hypers)}
+  static constexpr int kSums = {len(rule.sums)};
+  static void prepare(const double* number, double* hyper) {{
+    const auto out = text::{rule.prepare.name}<double>({numbers});
+{prepared}
+  }}
+{stages}
+  using Stages = List<{names}>;
+}};
+"""
+
+
+def _stage(rule: Rule, index: int, stage: Stage) -> str:
+    places = {name: f"element[{i}]" for i, name in enumerate(rule.elements)}
+    places |= {name: f"sum_in[{i}]" for i, name in enumerate(rule.sums)}
+    places |= {name: f"hyper[{i}]" for i, name in enumerate(rule.hypers)}
+    first_sum = sum(len(before.sums) for before in rule.stages[:index])
+    results = {name: f"element[{rule.elements.index(name)}]" for name in stage.writes}
+    results |= {name: f"sum_out[{i}]" for i, name in enumerate(stage.sums)}
+    arguments = ", ".join(places[name] for name in stage.function.arguments)
+    single = len(stage.function.results) == 1
+    stores = "\n".join(
+        f"      {results[name]} = {'out' if single else f'out.{name}'};"
+        for name in stage.function.results
+    )
+    return f"""  struct stage{index} {{
+    static constexpr unsigned kReads = {_mask(stage.elements, rule.elements)};
+    static constexpr unsigned kWrites = {_mask(stage.writes, rule.elements)};
+    static constexpr int kSums = {len(stage.sums)};
+    static constexpr int kFirstSum = {first_sum};
+    static constexpr int kSumsRead = {first_sum};
+    static constexpr int kHypers = {len(rule.hypers)};
+    static constexpr int kElements = {len(rule.elements)};
+    template <class T>
+    PYUPDATE_HD static void run([[maybe_unused]] T* element, [[maybe_unused]] const T* hyper,
+                                [[maybe_unused]] const T* sum_in, [[maybe_unused]] T* sum_out) {{
+      const auto out = text::{stage.function.name}<T>({arguments});
+{stores}
+    }}
+  }};"""
+
+
+def _reduction(name: str) -> str:
+    return f"""struct {name}_stage {{
+  static constexpr unsigned kReads = 1u << 1;
+  static constexpr unsigned kWrites = 0u;
+  static constexpr int kSums = 1;
+  static constexpr int kFirstSum = 0;
+  static constexpr int kSumsRead = 0;
+  static constexpr int kHypers = 0;
+  static constexpr int kElements = 2;
+  template <class T>
+  PYUPDATE_HD static void run(T* element, const T*, const T*, T* sum_out) {{
+    sum_out[0] = text::{name}<T>(element[1]);
+  }}
+}};
+"""
+
+
+def load_rules(path: Path) -> Mapping[str, Rule]:
+    """The RULES of a module file that was named explicitly, for the build."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Mapping[str, Rule] = module.RULES
+    return found
+
+
+def main() -> None:
+    """Command line of the build."""
+    parser = argparse.ArgumentParser(description="Write the C++ functors of the update rules.")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rules", type=Path, help="a module file with a RULES dict")
+    arguments = parser.parse_args()
+    own = Path(shipped.__file__).resolve()
+    foreign = arguments.rules is not None and arguments.rules.resolve() != own
+    found = load_rules(arguments.rules) if foreign else shipped.RULES
+    sources = [f"kernels/{own.name}", *([arguments.rules.name] if foreign else [])]
+    header = emit(found, sources)
+    if not arguments.output.exists() or arguments.output.read_text() != header:
+        arguments.output.write_text(header)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numpy oracle: one step of a rule on arrays, in fp64 or fp32, bit for bit what back ends do.
+
+Storage narrower than fp32 (fp16; bf16 as uint16 bit patterns) is computed in fp32 and rounded once.
+Used by the self-test of ``python -m pyupdate`` and by the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .bind import bind
+from .language import Rule
+from .reduction import sum_of_row
+from .rules import squared
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+def load(stored: Array) -> Array:
+    """The compute-type value of what is stored; uint16 is read as bf16."""
+    import numpy as np
+
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float64 if stored.dtype == np.float64 else np.float32)
+
+
+def store(value: Array, like: Array) -> Array:
+    """`value` rounded to nearest even in the storage of `like`."""
+    import numpy as np
+
+    if like.dtype != np.uint16:
+        with np.errstate(over="ignore"):
+            return value.astype(like.dtype)
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(value), quiet_nan, rounded).astype(np.uint16).reshape(like.shape)
+
+
+def step(
+    rule: Rule,
+    param: Array,
+    grad: Array,
+    state: Mapping[str, Array],
+    numbers: Sequence[float],
+    *,
+    count: int,
+    multiplier: float = 1.0,
+) -> tuple[Array, dict[str, Array]]:
+    """The parameter and state after step `count` (the first is 1), as new arrays.
+
+    Args:
+        rule: an entry of `rules.RULES`, or one of the user's.
+        param: any shape; fp64, fp32, fp16, or uint16 that holds bf16.
+        grad: same shape and dtype.
+        state: by the rule's names, same shape, in whatever dtype each is stored.
+        numbers: what the rule's prepare takes after the step count.
+        count: the step that is made.
+        multiplier: of the gradient: unscale x clip, negative where the group maximizes.
+    """
+    import numpy as np
+
+    compute = np.float64 if param.dtype == np.float64 else np.float32
+    hypers = rule.prepare.text(float(count), *numbers)
+    known: dict[str, Any] = dict(zip(rule.hypers, map(compute, hypers), strict=True))
+    known["param"] = load(param)
+    known |= {name: load(stored) for name, stored in state.items()}
+    with np.errstate(all="ignore"):
+        known["grad"] = load(grad) * compute(multiplier)
+        for stage in rule.stages:
+            function = bind(stage.function.text, "numpy")
+            out = function(*(known[name] for name in stage.function.arguments))
+            results = stage.function.results
+            for name, value in zip(results, out if len(results) > 1 else (out,), strict=True):
+                if name in stage.sums:
+                    known[name] = compute(_sum(value))
+                else:  # a later stage reads what was stored
+                    known[name] = load(store(value, param if name == "param" else state[name]))
+    return store(known["param"], param), {n: store(known[n], s) for n, s in state.items()}
+
+
+def sum_of_squares(grad: Array, unscale: float = 1.0) -> float:
+    """What the reduce pass finds for one row of unscaled gradient."""
+    with _quiet():
+        scaled = load(grad).reshape(-1)
+        return _sum(bind(squared, "numpy")(scaled * scaled.dtype.type(unscale)))
+
+
+def _sum(values: Array) -> float:
+    import numpy as np
+
+    flat = values.reshape(-1)
+    return sum_of_row(flat, lambda n: np.zeros(n, flat.dtype), lambda x: x.astype(np.float64))
+
+
+def _quiet() -> Any:
+    import numpy as np
+
+    return np.errstate(all="ignore")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pyupdate: the whole training update in one call, as fast as memory allows, right to the last bit.
+
+    import pyupdate
+    model = pyupdate.build(model, "adamw")
+    pyupdate.update_model(model, loss)
+
+Importing this package imports neither torch nor tensorflow; its names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import optim
+    from .backends import use_backend
+    from .build import build
+    from .optim import accelerate
+    from .update import last_update, update_model
+
+__version__ = "0.1.0"
+__all__ = [
+    "__version__",
+    "accelerate",
+    "build",
+    "last_update",
+    "optim",
+    "update_model",
+    "use_backend",
+]
+
+_HOMES = {
+    "accelerate": ".optim",
+    "build": ".build",
+    "last_update": ".update",
+    "update_model": ".update",
+    "use_backend": ".backends",
+}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return importlib.import_module(".optim", __name__)
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+        globals()[name] = value
+        return value
+    message = f"module 'pyupdate' has no attribute '{name}'"
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol of ``torch.amp.GradScaler``, without its extra pass over the gradients.
+
+A step that knows its scaler reads the scale, looks for inf and nan in its own reduce pass, and tells
+the scaler what it found in the place where ``scaler.update()`` reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler, OptState
+
+from .options import LastUpdate
+from .pytorch.plan import Scaling
+
+
+def is_enabled(scaler: GradScaler | None) -> bool:
+    """Whether there is a scaler and it scales."""
+    return scaler is not None and scaler.is_enabled()
+
+
+def check_can_step(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a second step before ``scaler.update()``.
+
+    Raises:
+        RuntimeError: torch's own words.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return
+    if _state_of(scaler, optimizer)["stage"] is OptState.STEPPED:
+        message = "step() has already been called since the last update()."
+        raise RuntimeError(message)
+
+
+def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> Scaling:
+    """How the gradients that an optimizer is about to step are scaled.
+
+    Without a scaler, the attributes ``grad_scale`` and ``found_inf`` that torch sets on optimizers
+    with ``_step_supports_amp_scaling`` are honoured.
+
+    Raises:
+        RuntimeError: the optimizer stepped already, or the scaler has scaled nothing yet.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return _scaling_of_attributes(optimizer)
+    check_can_step(scaler, optimizer)
+    state = _state_of(scaler, optimizer)
+    if state["stage"] is OptState.UNSCALED:
+        found = sum(float(flag) for flag in state["found_inf_per_device"].values())
+        return Scaling(check=False, found=found != 0.0)
+    # Raises torch's error if nothing was scaled yet.
+    scale, _ = scaler._check_scale_growth_tracker("step")
+    return Scaling(unscale=_reciprocal(scale), check=True)
+
+
+def tell(
+    scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: LastUpdate
+) -> None:
+    """Record a step for ``scaler.update()``."""
+    if scaler is None or not scaler.is_enabled():
+        return
+    state = _state_of(scaler, optimizer)
+    if state["stage"] is OptState.READY:
+        scale = scaler._scale
+        assert scale is not None
+        found = torch.full((), float(update.skipped), dtype=torch.float32, device=scale.device)
+        state["found_inf_per_device"] = {scale.device: found}
+    state["stage"] = OptState.STEPPED
+
+
+def _scaling_of_attributes(optimizer: torch.optim.Optimizer) -> Scaling:
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    found = found_inf is not None and float(found_inf) != 0.0
+    if grad_scale is None:
+        return Scaling(found=found)
+    return Scaling(unscale=_reciprocal(torch.as_tensor(grad_scale)), found=found)
+
+
+def _reciprocal(scale: torch.Tensor) -> float:
+    """1 / scale as torch takes it: in fp64, rounded to fp32."""
+    return float(scale.double().reciprocal().float())
+
+
+def _state_of(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = scaler._per_optimizer_states[id(optimizer)]
+    return state

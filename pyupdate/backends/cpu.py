@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU back end: C++ plans that re-read every pointer at every step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from ..kernels.language import Rule
+
+from ..options import LastUpdate
+from ..pytorch.checks import STORAGES
+from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
+
+ISA_VARIABLE = "PYUPDATE_ISA"
+
+_modules: list[Any] = []
+"""Compiled modules, pyupdate's own first; others were given to `register_module`."""
+
+
+def why_not() -> str | None:
+    """The reason why this back end cannot run, None if it can."""
+    try:
+        _own_module()
+    except ImportError as error:
+        from ..build_info import reason_not_compiled
+
+        return reason_not_compiled() or f"the compiled module does not load: {error}"
+    except ValueError as error:
+        return f"{ISA_VARIABLE}: {error}"
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return f"torch {torch.__version__} has no DLPack C exchange API; it came with torch 2.10"
+    return None
+
+
+def register_module(module: Any) -> None:
+    """Add an extension that was compiled from another rules file, for the rules it names."""
+    _own_module()
+    if module not in _modules:
+        _modules.append(module)
+
+
+def _own_module() -> Any:
+    if not _modules:
+        from .. import _C
+
+        wanted = os.environ.get(ISA_VARIABLE, "").strip().lower()
+        if wanted:
+            _C.use_isa(wanted)
+        _modules.append(_C)
+    return _modules[0]
+
+
+def module_with(rule: Rule) -> Any | None:
+    """The compiled module that has a rule, None if nobody compiled it."""
+    _own_module()
+    return next((module for module in _modules if rule.name in module.rules()), None)
+
+
+class Part:
+    """The rows of a plan that one compiled module steps."""
+
+    def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule], module: Any) -> None:
+        self.rows = rows
+        self._rules = rules
+        self._threads = torch.get_num_threads
+        self._found = module.Found
+        self._ready = module.Found.READY
+        stepped = {row.group for row in rows}
+        types = {torch.Tensor, torch.nn.Parameter, *(type(row.param) for row in rows)}
+        self._plan = module.Plan(
+            tensor_type=torch.Tensor,
+            types=list(types),
+            increment_version=increment_version,
+            groups=[
+                (rule.rule.name, list(rule.rule.state), rule.counts_steps)
+                if g in stepped
+                else ("", [], False)
+                for g, rule in enumerate(rules)
+            ],
+            params=[row.param for row in rows],
+            storages=[STORAGES[row.param.dtype] for row in rows],
+            group_of=[row.group for row in rows],
+            positions=[row.position for row in rows],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the plan's tables."""
+        return int(self._plan.nbytes())
+
+    def step(
+        self, inputs: Inputs, *, reduce: bool, skip: bool, unscale: float, max_norm: float
+    ) -> LastUpdate | None:
+        """The whole step in one parallel region; None, and nothing done, where state is missing."""
+        found, noticed, norm, _, skipped, multiplier = self._plan.step(
+            inputs.groups,
+            inputs.state,
+            inputs.numbers,
+            reduce,
+            skip,
+            unscale,
+            max_norm,
+            self._threads(),
+        )
+        if found is not self._ready and found != self._ready:
+            if found == self._found.FRESH:
+                return None
+            self._settle(found, noticed, inputs)
+            return self.step(
+                inputs, reduce=reduce, skip=skip, unscale=unscale, max_norm=max_norm
+            )
+        return LastUpdate(norm if reduce else None, skipped, multiplier)
+
+    def check(self, inputs: Inputs) -> list[int]:
+        """Refuse what is not right; the rows that have a gradient and no state yet."""
+        while True:
+            found, noticed = self._plan.check(inputs.groups, inputs.state, inputs.numbers)
+            if found in (self._found.READY, self._found.FRESH):
+                return list(noticed)
+            self._settle(found, noticed, inputs)
+
+    def reduce(self, inputs: Inputs, unscale: float) -> tuple[bool, dict[int, float]]:
+        """After a `check`: whether an inf or nan was found, and each row's sum of squares."""
+        nonfinite, active, sums = self._plan.reduce(
+            inputs.groups, inputs.state, inputs.numbers, unscale, self._threads()
+        )
+        return nonfinite, dict(zip(active, sums, strict=True))
+
+    def apply(self, inputs: Inputs, multiplier: float) -> None:
+        """After a `check` that found all state: write."""
+        self._plan.apply(
+            inputs.groups, inputs.state, inputs.numbers, multiplier, self._threads()
+        )
+
+    def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
+        """Say what is wrong, or mend it, or vouch that it is right after all."""
+        if found == self._found.OVERLAP:
+            check_all_memory(self.rows, self._rules, inputs)
+            self._plan.vouch()
+        elif found == self._found.SUSPECT:
+            row = self.rows[noticed[0]]
+            if mend_row(row, inputs):
+                return
+            check_row(row, self._rules[row.group], inputs)
+            raise Stale(row.name)
+        else:
+            message = "the optimizer's parameters"
+            raise Stale(message)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pure-Python back end: the same rules on torch tensors, on any device, without a compiler.
+
+Slow, and right to the same bits as the compiled ones: it runs the very rule text, with hypers as
+0-dim tensors of the compute type, and adds up in the one reduction order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..kernels.bind import bind
+from ..kernels.reduction import sum_of_row
+from ..kernels.rules import nonfinite, squared
+from ..pytorch.rows import (
+    GroupRule,
+    Inputs,
+    Row,
+    check_all_memory,
+    check_row,
+    has_state,
+    mend_row,
+)
+
+
+def why_not() -> str | None:
+    """The reason why this back end cannot run: none, ever."""
+    return None
+
+
+class Part:
+    """The rows of a plan that are stepped one tensor at a time."""
+
+    nbytes = 0
+
+    def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule]) -> None:
+        self.rows = rows
+        self._rules = rules
+        # Steps made, for rules whose steps torch does not count: from "the buffer is absent".
+        self._counters: dict[int, tuple[object, int]] = {}
+
+    def check(self, inputs: Inputs) -> list[int]:
+        """Refuse what is not right; the rows that have a gradient and no state yet."""
+        fresh = []
+        for r, row in self._active():
+            mend_row(row, inputs)
+            check_row(row, self._rules[row.group], inputs)
+            keys = self._rules[row.group].keys
+            if keys and not has_state(inputs.state.get(row.param), keys, row.name):
+                fresh.append(r)
+        check_all_memory(self.rows, self._rules, inputs)
+        return fresh
+
+    def reduce(self, inputs: Inputs, unscale: float) -> tuple[bool, dict[int, float]]:
+        """After a `check`: whether an inf or nan was found, and each row's sum of squares."""
+        del inputs
+        found = False
+        sums = {}
+        with torch.no_grad():
+            for r, row in self._active():
+                grad = _flat(_gradient(row), row.param)
+                scaled = _load(grad) * _compute(unscale, grad)
+                sums[r] = _sum(bind(squared, "torch")(scaled))
+                found = found or bool(bind(nonfinite, "torch")(scaled).any())
+        return found, sums
+
+    def apply(self, inputs: Inputs, multiplier: float) -> None:
+        """After a `check` that found all state: write."""
+        with torch.no_grad():
+            for r, row in self._active():
+                self._step_row(r, row, inputs, multiplier)
+
+    def _active(self) -> list[tuple[int, Row]]:
+        return [(r, row) for r, row in enumerate(self.rows) if row.param.grad is not None]
+
+    def _step_row(self, r: int, row: Row, inputs: Inputs, multiplier: float) -> None:
+        group = self._rules[row.group]
+        rule = group.rule
+        sign, *numbers = inputs.numbers[row.group]
+        state = inputs.state[row.param] if group.keys else {}
+        count = self._count(r, group, state)
+        like = _load(row.param)
+        hypers = rule.prepare.text(float(count), *numbers)
+        known = {
+            name: _compute(hyper, like) for name, hyper in zip(rule.hypers, hypers, strict=True)
+        }
+        places = {"param": row.param, **{name: state[name] for name in rule.state}}
+        known |= {name: _load(place) for name, place in places.items()}
+        known["grad"] = _load(_gradient(row)) * _compute(multiplier * sign, like)
+        for stage in rule.stages:
+            function = bind(stage.function.text, "torch")
+            out = function(*(known[name] for name in stage.function.arguments))
+            results = stage.function.results
+            for name, value in zip(results, out if len(results) > 1 else (out,), strict=True):
+                if name in stage.sums:
+                    total = _sum(_flat(value.expand(row.param.shape), row.param))
+                    known[name] = _compute(total, like)
+                else:  # a later stage reads what was stored
+                    known[name] = _load(value.to(row.param.dtype))
+        for name, place in places.items():
+            place.copy_(known[name])
+        if group.counts_steps:
+            state["step"].fill_(count)
+        else:
+            self._counters[r] = (state.get(next(iter(rule.state), ""), row.param), count)
+
+    def _count(self, r: int, group: GroupRule, state: dict[str, torch.Tensor]) -> int:
+        """The step that is being made."""
+        if group.counts_steps:
+            return int(state["step"]) + 1
+        buffer = state.get(next(iter(group.rule.state), ""))
+        known, count = self._counters.get(r, (None, 0))
+        if buffer is not None and known is not buffer:
+            return 1 if r in self._made else 2
+        return count + 1
+
+    @property
+    def _made(self) -> set[int]:
+        return self.__dict__.setdefault("_made_rows", set())
+
+    def state_was_made(self, rows: Sequence[int]) -> None:
+        """Tell it whose state was absent until now, so that its first step is known as such."""
+        self._made.clear()
+        self._made.update(rows)
+
+
+def _gradient(row: Row) -> torch.Tensor:
+    assert row.param.grad is not None
+    return row.param.grad.detach()
+
+
+def _load(stored: torch.Tensor) -> torch.Tensor:
+    """The compute-type values of what is stored."""
+    stored = stored.detach()
+    return stored if stored.dtype is torch.float64 else stored.float()
+
+
+def _compute(value: float, like: torch.Tensor) -> torch.Tensor:
+    """A number as a 0-dim tensor of the compute type, rounded once."""
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.tensor(value, dtype=torch.float64).to(dtype).to(like.device)
+
+
+def _flat(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """The values in the order of the parameter's memory, slowest dimension first."""
+    strides = param.stride()
+    order = sorted(range(param.dim()), key=lambda d: -strides[d] if param.shape[d] != 1 else 0)
+    if param.is_contiguous():
+        order = list(range(param.dim()))
+    return values.permute(order).reshape(-1)
+
+
+def _sum(values: torch.Tensor) -> float:
+    flat = values.reshape(-1)
+    zeros: Callable[[int], torch.Tensor] = flat.new_zeros
+    return sum_of_row(flat, zeros, torch.Tensor.double)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan: what is known of an optimizer's parameters before a step, and the order of a step.
+
+It holds rows, never a pointer. A part per back end re-reads every tensor at every step; the plan is
+made anew when a part says that it is stale, or when a group's rule is another one (amsgrad on).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..backends import AUTO, backend_for, choice
+from ..backends import cpu as cpu_backend
+from ..backends import reference as reference_backend
+from ..kernels.reduction import halving_tree
+from ..kernels.rules import multiplier as multiplier_rule
+from ..options import LastUpdate, Options
+from .rows import GroupRule, Inputs, Row, make_state
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a GradScaler adds to a step.
+
+    Attributes:
+        unscale: what the gradients are multiplied by, 1 / scale.
+        check: whether the step looks for inf and nan and is skipped if there are any.
+        found: whether somebody has already found some.
+    """
+
+    unscale: float = 1.0
+    check: bool = False
+    found: bool = False
+
+
+class Part(Protocol):
+    """The rows that one back end steps."""
+
+    rows: Sequence[Row]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tables."""
+
+    def check(self, inputs: Inputs) -> list[int]:
+        """Refuse what is not right; the rows that have a gradient and no state yet."""
+
+    def reduce(self, inputs: Inputs, unscale: float) -> tuple[bool, dict[int, float]]:
+        """Whether an inf or nan was found, and each row's sum of squares."""
+
+    def apply(self, inputs: Inputs, multiplier: float) -> None:
+        """Write."""
+
+
+class Plan:
+    """The rows of one optimizer, or of a subset of its parameters, parted by back end."""
+
+    def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule]) -> None:
+        self.rows = rows
+        self.rules = rules
+        self.choice = choice()
+        parts: dict[Any, list[Row]] = {}
+        for row in rows:
+            parts.setdefault(self._home(row), []).append(row)
+        self.parts: list[Part] = [
+            reference_backend.Part(members, rules)
+            if module is None
+            else cpu_backend.Part(members, rules, module)
+            for module, members in parts.items()
+        ]
+        self._order = {id(row.param): r for r, row in enumerate(rows)}
+
+    def _home(self, row: Row) -> Any:
+        """The compiled module that steps a row, None for the reference back end."""
+        if backend_for(row.param.device.type).name != "cpu":
+            return None
+        rule = self.rules[row.group].rule
+        module = cpu_backend.module_with(rule)
+        if module is None and self.choice != AUTO:
+            message = (
+                f"back end 'cpu' was chosen, but rule '{rule.name}' is not compiled: "
+                "choose 'auto' or 'reference'"
+            )
+            raise RuntimeError(message)
+        return module
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The names of the back ends that step it."""
+        names = {
+            "cpu" if isinstance(part, cpu_backend.Part) else "reference" for part in self.parts
+        }
+        return tuple(sorted(names))
+
+    def step(self, inputs: Inputs, options: Options, scaling: Scaling) -> LastUpdate:
+        """Check everything, then reduce, then write.
+
+        Raises:
+            TypeError, ValueError: something is refused; nothing was written.
+            Stale: the plan no longer fits.
+        """
+        if scaling.found:
+            for part in self.parts:
+                part.check(inputs)
+            return LastUpdate(None, skipped=True, multiplier=scaling.unscale)
+        max_norm = -1.0 if options.max_norm is None else float(options.max_norm)
+        reduce = scaling.check or options.max_norm is not None
+        if len(self.parts) == 1 and isinstance(self.parts[0], cpu_backend.Part):
+            done = self.parts[0].step(
+                inputs,
+                reduce=reduce,
+                skip=scaling.check,
+                unscale=scaling.unscale,
+                max_norm=max_norm,
+            )
+            if done is not None:
+                return done
+        return self._step_in_parts(inputs, scaling, reduce=reduce, max_norm=max_norm)
+
+    def _step_in_parts(
+        self, inputs: Inputs, scaling: Scaling, *, reduce: bool, max_norm: float
+    ) -> LastUpdate:
+        fresh = [part.check(inputs) for part in self.parts]
+        norm = None
+        multiplier = scaling.unscale
+        if reduce:
+            sums: dict[int, float] = {}
+            nonfinite = False
+            for part in self.parts:
+                found, of_rows = part.reduce(inputs, scaling.unscale)
+                nonfinite = nonfinite or found
+                sums |= {self._order[id(part.rows[r].param)]: s for r, s in of_rows.items()}
+            total = halving_tree([sums[r] for r in sorted(sums)])
+            norm = math.sqrt(total) if total >= 0.0 else math.nan
+            multiplier = multiplier_rule(norm, scaling.unscale, max_norm)
+            if nonfinite and scaling.check:
+                return LastUpdate(norm, skipped=True, multiplier=multiplier)
+        made = self._make_states(fresh, inputs)
+        try:
+            for part in self.parts:  # their new state is checked like any other
+                part.check(inputs)
+        except BaseException:
+            self._drop_states(made, inputs)
+            raise
+        for part in self.parts:
+            part.apply(inputs, multiplier)
+        return LastUpdate(norm, skipped=False, multiplier=multiplier)
+
+    def _make_states(self, fresh: Sequence[Sequence[int]], inputs: Inputs) -> list[Row]:
+        made: list[Row] = []
+        try:
+            for part, rows in zip(self.parts, fresh, strict=True):
+                if isinstance(part, reference_backend.Part):
+                    part.state_was_made(rows)
+                for r in rows:
+                    made.append(part.rows[r])
+                    make_state(part.rows[r], self.rules[part.rows[r].group], inputs)
+        except BaseException:  # out of memory: as if it had not begun
+            self._drop_states(made, inputs)
+            raise
+        return made
+
+    def _drop_states(self, made: Sequence[Row], inputs: Inputs) -> None:
+        for row in made:
+            for key in self.rules[row.group].keys:
+                inputs.state[row.param].pop(key, None)

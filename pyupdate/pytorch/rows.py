@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a plan: which parameters an optimizer steps by which rule, on which back end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..kernels.language import Rule
+from . import checks
+
+Group = dict[str, Any]
+State = Mapping[torch.Tensor, dict[str, Any]]
+
+
+class Stale(Exception):  # noqa: N818 - a signal between plan and part, never seen outside
+    """What a plan was made of has changed: make a new one."""
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """How one torch optimizer class maps to rules.
+
+    Attributes:
+        rule: picks the rule of a group by its flags.
+        counts_steps: whether torch keeps ``state[p]["step"]`` for it.
+    """
+
+    rule: Callable[[Group], Rule]
+    counts_steps: bool
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """What a plan has of one optimizer group."""
+
+    rule: Rule
+    counts_steps: bool
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The state keys in torch's order of making them."""
+        return (*(("step",) if self.counts_steps else ()), *self.rule.state)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of a plan."""
+
+    param: torch.Tensor
+    group: int
+    position: int
+    name: str
+
+
+@dataclass
+class Inputs:
+    """What a step reads of the optimizer, anew every time."""
+
+    groups: list[Group]
+    state: State
+    numbers: list[list[float]]
+    """A group each: the sign of the gradient, then what the rule's prepare takes."""
+
+
+def numbers_of(rule: Rule, group: Group) -> list[float]:
+    """The sign of the gradient and the rule's numbers, read from a group.
+
+    A number that the group lacks is an element of a tuple: ``beta1`` is ``betas[0]``.
+    """
+    sign = -1.0 if group.get("maximize", False) else 1.0
+    numbers = [sign]
+    for name in rule.numbers:
+        if name in group:
+            numbers.append(float(group[name]))
+        else:
+            numbers.append(float(group[f"{name[:-1]}s"][int(name[-1]) - 1]))
+    return numbers
+
+
+def rows_of(
+    groups: Sequence[Group], only: Collection[int] | None, names: Mapping[int, str]
+) -> list[Row]:
+    """Every parameter of the groups, or those whose id is in `only`, checked.
+
+    Raises:
+        TypeError, ValueError: a parameter that no back end can step.
+    """
+    rows = []
+    seen: set[int] = set()
+    for g, group in enumerate(groups):
+        for position, param in enumerate(group["params"]):
+            name = names.get(id(param), f"group {g}, parameter {position}")
+            if only is not None and id(param) not in only:
+                continue
+            checks.check_parameter(param, name)
+            if id(param) in seen:
+                message = f"parameter '{name}' stands in the optimizer twice: leave one out"
+                raise ValueError(message)
+            seen.add(id(param))
+            rows.append(Row(param, g, position, name))
+    return rows
+
+
+def has_state(inner: Mapping[str, Any] | None, keys: Sequence[str], name: str) -> bool:
+    """Whether a parameter has its state.
+
+    Raises:
+        ValueError: it has some of it.
+    """
+    missing = [key for key in keys if inner is None or inner.get(key) is None]
+    if missing and len(missing) != len(keys):
+        message = (
+            f"state of '{name}' lacks {missing}: it was made by an optimizer with other options "
+            "(amsgrad, momentum); load a state dict that fits, or delete the parameter's state"
+        )
+        raise ValueError(message)
+    return not missing
+
+
+def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
+    """Refuse a row whose parameter, gradient or state is not right, with the reason."""
+    checks.check_parameter(row.param, row.name)
+    if row.param.grad is not None:
+        checks.check_gradient(row.param, row.param.grad, row.name)
+    inner = inputs.state.get(row.param)
+    if not rule.keys or not has_state(inner, rule.keys, row.name):
+        return
+    assert inner is not None
+    for key in rule.rule.state:
+        checks.check_state(row.param, inner[key], key, row.name)
+    if rule.counts_steps:
+        checks.check_step(inner["step"], row.name)
+
+
+def mend_row(row: Row, inputs: Inputs) -> bool:
+    """Put into plain memory what only looks unusual; whether anything changed.
+
+    A lazily negated or lazily zero gradient becomes its values, a step count that is a Python number
+    (old checkpoints) becomes torch's tensor. No value changes.
+    """
+    mended = False
+    grad = row.param.grad
+    if grad is not None and grad.layout is torch.strided and grad.is_neg():
+        row.param.grad = grad.resolve_neg()
+        mended = True
+    elif grad is not None and grad.layout is torch.strided and grad._is_zerotensor():
+        row.param.grad = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
+        mended = True
+    inner = inputs.state.get(row.param)
+    if inner and isinstance(inner.get("step"), int | float):
+        inner["step"] = _new_counter(float(inner["step"]))
+        mended = True
+    return mended
+
+
+def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) -> None:
+    """Refuse a step of these rows that would write one place twice; exact, so slow."""
+    memories = []
+    for row in rows:
+        if row.param.grad is None:
+            continue
+        memories.append(checks.Memory(f"parameter '{row.name}'", row.param, written=True))
+        memories.append(
+            checks.Memory(f"the gradient of '{row.name}'", row.param.grad, written=False)
+        )
+        inner = inputs.state.get(row.param) or {}
+        for key in rules[row.group].keys:
+            value = inner.get(key)
+            if isinstance(value, torch.Tensor):
+                what = f"state '{key}' of '{row.name}'"
+                memories.append(checks.Memory(what, value, written=True))
+    checks.check_memory(memories)
+
+
+def make_state(row: Row, rule: GroupRule, inputs: Inputs) -> None:
+    """Give a parameter the state that torch's optimizer would, under torch's keys."""
+    inner = inputs.state[row.param]
+    made: dict[str, Any] = {"step": _new_counter(0.0)} if rule.counts_steps else {}
+    for key, initial in rule.rule.state.items():
+        like = torch.zeros_like(row.param, memory_format=torch.preserve_format)
+        made[key] = like if initial == 0.0 else like.fill_(initial)
+    inner.update(made)
+
+
+def _new_counter(value: float) -> torch.Tensor:
+    wide = torch.get_default_dtype() is torch.float64
+    return torch.tensor(value, dtype=torch.float64 if wide else torch.float32)

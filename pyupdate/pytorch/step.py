@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One planned step of a torch optimizer, ours or a stock one: the engine of all three levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from .. import amp
+from ..backends import choice
+from ..options import LastUpdate, Options
+from .plan import Plan, Scaling
+from .rows import GroupRule, Inputs, OptimizerRow, Stale, numbers_of, rows_of
+
+Closure = Callable[[], Any]
+
+ROWS: dict[type[Optimizer], OptimizerRow] = {}
+"""Torch's optimizer classes that have rules; `pyupdate.optim` fills it."""
+
+_PLANS_KEPT = 8  # subsets of one optimizer's parameters: one a model that shares it
+
+
+@dataclass
+class Engine:
+    """What is kept of one optimizer between steps."""
+
+    plans: dict[tuple[int, ...] | None, Plan] = field(default_factory=dict)
+    rules: dict[str, GroupRule] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
+    last: LastUpdate | None = None
+
+
+_engines: WeakKeyDictionary[Optimizer, Engine] = WeakKeyDictionary()
+
+
+def engine_of(optimizer: Optimizer) -> Engine:
+    """The engine of an optimizer, made when first asked for."""
+    engine = _engines.get(optimizer)
+    if engine is None:
+        engine = _engines[optimizer] = Engine()
+    return engine
+
+
+def row_of(optimizer: Optimizer) -> OptimizerRow | None:
+    """How an optimizer's class maps to rules, None if it does not."""
+    from .. import optim  # noqa: F401 - fills ROWS
+
+    for kind in type(optimizer).__mro__:
+        if kind in ROWS:
+            return ROWS[kind]
+    return None
+
+
+def has_rule(optimizer: object) -> bool:
+    """Whether `step` can step it: one of ours, or a stock one whose ``step`` nobody replaced."""
+    from .. import optim
+
+    if not isinstance(optimizer, Optimizer):
+        return False
+    if isinstance(optimizer, optim.Planned):
+        return True
+    if type(optimizer) not in ROWS:
+        return False
+    own = optimizer.__dict__.get("step")
+    return own is None or hasattr(own, "_wrapped_by_lr_sched")
+
+
+def set_names(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Let errors name the parameters as the model does.
+
+    Args:
+        optimizer: whose parameters.
+        names: ``id(parameter)`` -> qualified name.
+    """
+    engine = engine_of(optimizer)
+    engine.names = dict(names)
+    engine.plans.clear()
+
+
+def has_names(optimizer: Optimizer) -> bool:
+    """Whether `set_names` was called for it."""
+    return bool(engine_of(optimizer).names)
+
+
+def last_step(optimizer: Optimizer) -> LastUpdate | None:
+    """What the last planned step of an optimizer did, None before the first."""
+    engine = _engines.get(optimizer)
+    return None if engine is None else engine.last
+
+
+def options_of(optimizer: Optimizer) -> Options:
+    """The options that its constructor, `accelerate` or `build` were given."""
+    options = optimizer.__dict__.get("pyupdate_options")
+    return options if isinstance(options, Options) else _PLAIN
+
+
+_PLAIN = Options()
+
+
+def _planned_step(
+    optimizer: Optimizer,
+    closure: Closure | None = None,
+    *,
+    grad_scaler: GradScaler | None = None,
+    only: Collection[torch.Tensor] | None = None,
+) -> Any:
+    loss = None
+    if closure is not None:
+        if amp.is_enabled(grad_scaler):
+            message = "Closure use is not currently supported if GradScaler is enabled."
+            raise RuntimeError(message)
+        with torch.enable_grad():
+            loss = closure()
+    engine = engine_of(optimizer)
+    scaling = amp.scaling_of(grad_scaler, optimizer)
+    engine.last = _step_once(optimizer, engine, scaling, only)
+    amp.tell(grad_scaler, optimizer, engine.last)
+    if "step" in optimizer.__dict__:  # an lr_scheduler watches whether steps are made
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+    return loss
+
+
+step = Optimizer.profile_hook_step(_planned_step)
+"""Make one step: unscale, finite check, clip and the rule, in at most two passes.
+
+Args:
+    optimizer: one of ours, or a stock one with a rule (`has_rule`).
+    closure: re-evaluates the loss; called with gradients enabled.
+    grad_scaler: the scaler that the gradients were scaled by; it is told what was found.
+    only: the parameters to step; None for all of the optimizer's.
+
+Returns:
+    What the closure returned.
+
+Raises:
+    TypeError, ValueError: a parameter, gradient or state is refused; nothing was written.
+    RuntimeError: the scaler refuses.
+"""
+step.hooked = True  # type: ignore[attr-defined]
+
+
+def _step_once(
+    optimizer: Optimizer,
+    engine: Engine,
+    scaling: Scaling,
+    only: Collection[torch.Tensor] | None,
+) -> LastUpdate:
+    row = row_of(optimizer)
+    assert row is not None
+    groups = optimizer.param_groups
+    rules = []
+    for group in groups:
+        rule = row.rule(group)
+        known = engine.rules.get(rule.name)
+        if known is None:
+            known = engine.rules[rule.name] = GroupRule(rule, row.counts_steps)
+        rules.append(known)
+    numbers = [numbers_of(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
+    inputs = Inputs(groups, optimizer.state, numbers)
+    key = None if only is None else tuple(map(id, only))
+    for _ in range(3):
+        plan = _plan(engine, groups, rules, key)
+        try:
+            return plan.step(inputs, options_of(optimizer), scaling)
+        except Stale as stale:
+            del engine.plans[key]
+            reason = str(stale)
+    message = f"the plan of {type(optimizer).__name__} does not settle at {reason}"
+    raise RuntimeError(message)
+
+
+def _plan(
+    engine: Engine,
+    groups: list[dict[str, Any]],
+    rules: list[GroupRule],
+    key: tuple[int, ...] | None,
+) -> Plan:
+    plan = engine.plans.get(key)
+    if plan is not None and plan.rules == rules and plan.choice == choice():
+        return plan
+    rows = rows_of(groups, None if key is None else frozenset(key), engine.names)
+    while len(engine.plans) >= _PLANS_KEPT:
+        del engine.plans[next(iter(engine.plans))]
+    plan = engine.plans[key] = Plan(rows, rules)
+    return plan
