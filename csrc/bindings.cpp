@@ -67,6 +67,7 @@ using GroupSpec = std::tuple<std::string, std::vector<std::string>, bool>;
 
 std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& types,
                                 const py::handle& increment_version,
+                                const py::handle& tensor_list,
                                 const std::vector<GroupSpec>& groups, const py::list& params,
                                 const std::vector<std::string>& storages,
                                 const std::vector<int32_t>& group_of,
@@ -92,6 +93,7 @@ std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& t
   interface.grad = grad.ptr();
   interface.is_neg = is_neg.ptr();
   interface.increment_version = increment_version.ptr();
+  interface.tensor_list = tensor_list.ptr();
   for (const py::handle type : types) {
     if (!PyType_Check(type.ptr())) throw py::type_error("types must be types");
     interface.types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
@@ -199,6 +201,7 @@ Answer step(Plan& plan, const py::list& groups, const py::dict& state, const Num
   request.unscale = request.multiplier = unscale;
   request.max_norm = max_norm;
   request.threads = threads;
+  plan.keep_state();
   return answer(found, plan, run(plan, request));
 }
 
@@ -294,7 +297,8 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
 
   py::class_<Plan>(m, "Plan")
       .def(py::init(&make_plan), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
-           py::arg("increment_version"), py::arg("groups"), py::arg("params"), py::arg("storages"),
+           py::arg("increment_version"),
+           py::arg("tensor_list"), py::arg("groups"), py::arg("params"), py::arg("storages"),
            py::arg("group_of"), py::arg("positions"))
       .def("step", &step, py::arg("groups"), py::arg("state"), py::arg("numbers"),
            py::arg("reduce"), py::arg("skip_nonfinite"), py::arg("unscale"), py::arg("max_norm"),

@@ -2,7 +2,7 @@
 // A plan of torch parameters: re-reads every tensor at every step, and trusts nothing it has not
 // read in this step. Rows that it cannot vouch for go back to Python, which says what is wrong.
 #pragma once
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
 #include <string>
 #include <vector>
@@ -11,6 +11,8 @@
 #include "dlpack.h"
 
 namespace pyupdate {
+
+namespace py = pybind11;
 
 // What a refresh found; anything but kReady means that nothing was written.
 enum class Found {
@@ -36,6 +38,7 @@ class Plan {
     PyObject* grad;               // the descriptor of Tensor.grad
     PyObject* is_neg;             // Tensor.is_neg: a lazily negated view has the wrong bytes
     PyObject* increment_version;  // torch.autograd.graph.increment_version
+    PyObject* tensor_list;        // makes a list of torch's own from tensors, or None
     std::vector<PyTypeObject*> types;  // those whose memory is theirs, no dispatching subclass
   };
 
@@ -63,6 +66,7 @@ class Plan {
   PyObject* written() const;
   PyObject* increment_version() const { return interface_.increment_version; }
   void count_step();
+  void keep_state();
   void set_counter(int64_t row, int64_t counter) { records_[size_t(row)].counter = counter; }
   int64_t bytes() const;
 
@@ -93,6 +97,7 @@ class Plan {
   bool read_step(size_t r, PyObject* step, int64_t* tagged);
   bool add_layout(const Read* roles, int64_t count, Row* row);
   PyObject* gradient(PyObject* param) const;
+  size_t find_state(PyObject* inner, const GroupRule& group, PyObject** found) const;
   bool is_negated(PyObject* grad) const;
   void drop_rows_from(size_t k);
   void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
@@ -110,6 +115,7 @@ class Plan {
   std::vector<uint8_t> storages_;
   int64_t states_;                // columns of held_: states, then the step counter
   std::vector<PyObject*> held_;   // owned; what was found in the state at the last refresh
+  py::object kept_;               // see keep_state
   std::vector<int64_t> active_;   // rows with a gradient, in order
   std::vector<PyObject*> grads_;  // owned during a refresh and a run
   cpu::Tables tables_;

@@ -76,6 +76,7 @@ class Part:
             tensor_type=torch.Tensor,
             types=list(types),
             increment_version=increment_version,
+            tensor_list=getattr(torch._C, "ScriptList", None),
             groups=[
                 (rule.rule.name, list(rule.rule.state), rule.counts_steps)
                 if g in stepped

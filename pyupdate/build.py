@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``build``: attach an optimizer and a name to a model, so that ``update_model`` finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import frameworks
+
+if TYPE_CHECKING:
+    import torch
+
+Model = TypeVar("Model", bound="torch.nn.Module")
+
+
+def build(
+    model: Model | Callable[[], Model],
+    optimizer: str | Callable[[Any], torch.optim.Optimizer] | torch.optim.Optimizer,
+    *,
+    model_name: str | None = None,
+    max_norm: float | None = None,
+) -> Model:
+    """Attach an optimizer and a name to a model.
+
+    Sets ``model.current_optimizer`` and ``model.model_name``; nothing else of the model changes,
+    and its ``state_dict`` stays as it was.
+
+    Args:
+        model: a ``torch.nn.Module``, or a callable taking no argument that makes one.
+        optimizer: "adam", "adamw" or "sgd" (`pyupdate.optim`'s, with torch's defaults); or a
+            callable that gets the list of the model's parameters and returns an optimizer; or an
+            optimizer that holds at least one of them.
+        model_name: how errors and deferred updates name the model. None keeps the name that the
+            model has, else makes one from its type, numbered after its first use.
+        max_norm: clip the gradients' global 2-norm to this in every step; None does not clip. An
+            optimizer of torch's is then accelerated (`pyupdate.accelerate`).
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: `model` is, or makes, no ``torch.nn.Module``, or one without parameters; the
+            name of the optimizer is unknown; what `optimizer` is or returns is no optimizer, or
+            holds none of the model's parameters; `model_name` is empty or no string.
+        TypeError: `max_norm` with an optimizer that cannot be accelerated.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> model = pyupdate.build(torch.nn.Linear(4, 1), "adamw", model_name="line")
+        >>> type(model.current_optimizer).__name__, model.model_name
+        ('AdamW', 'line')
+        >>> model = pyupdate.build(
+        ...     lambda: torch.nn.Linear(4, 1), lambda p: torch.optim.SGD(p, lr=0.1), max_norm=1.0
+        ... )
+    """
+    if model_name is not None and (not isinstance(model_name, str) or not model_name):
+        message = f"model_name must be a string of at least one character, but is {model_name!r}"
+        raise ValueError(message)
+    made: Any = model
+    foreign = frameworks.is_torch_module(made) or frameworks.is_tensorflow(made)
+    if not foreign and callable(made):
+        made = made()
+        frameworks.check_model(made, "what the callable given as model made")
+    else:
+        frameworks.check_model(made)
+    from .pytorch import attach
+
+    result: Model = attach.attach(made, optimizer, model_name, max_norm)
+    return result

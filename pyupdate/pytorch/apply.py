@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step an attached optimizer on a model's gradients: by its plan if it has a rule, else as it is."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyupdate.options import LastUpdate
+
+from . import step
+
+Scaler = torch.amp.GradScaler
+
+_named: MutableMapping[Any, list[_Names]] = WeakIdKeyDictionary()
+_plain: MutableMapping[Any, _Plain] = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How a model calls its parameters, by their ids."""
+
+    model: weakref.ref[nn.Module]
+    of: dict[int, str]
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What a step by torch's own path left, on the device until somebody reads it."""
+
+    found_inf: tuple[Tensor, ...]
+    scale: Tensor | None
+
+
+def is_optimizer(value: object) -> bool:
+    """Whether this can be stepped: torch's, or one that looks like it."""
+    if isinstance(value, type):
+        return False
+    return callable(getattr(value, "step", None)) and hasattr(value, "param_groups")
+
+
+def held(optimizer: Any) -> Iterator[Tensor]:
+    """The parameters that an optimizer holds."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def check_holds(name: str, optimizer: Any, params: Iterable[Tensor]) -> None:
+    """Refuse an optimizer that would step nothing of a model.
+
+    Raises:
+        ValueError: it holds none of these parameters.
+    """
+    if not holds_any(optimizer, params):
+        message = (
+            f"the optimizer attached to '{name}' ({type(optimizer).__name__}) holds none of its "
+            "trainable parameters: they were frozen, or replaced after it was made (a copy of the "
+            "model?). Attach one made from them with pyupdate.build"
+        )
+        raise ValueError(message)
+
+
+def check_not_unscaled(name: str, optimizer: Any, scaler: Scaler) -> None:
+    """Refuse to add scaled gradients to ones that were unscaled already.
+
+    Raises:
+        RuntimeError: ``scaler.unscale_(optimizer)`` was called since the last ``scaler.update()``.
+    """
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    if state is not None and state["stage"] is OptState.UNSCALED:
+        message = (
+            f"unscale_() has already been called on the optimizer of '{name}' since the last "
+            "update(): the gradients of this loss would be added scaled and never unscaled. Leave "
+            "unscale_() out (update_model unscales, max_norm clips)"
+        )
+        raise RuntimeError(message)
+
+
+def holds_any(optimizer: Any, params: Iterable[Tensor]) -> bool:
+    """Whether an optimizer holds one of these parameters."""
+    ids = {id(param) for param in params}
+    return any(id(param) in ids for param in held(optimizer))
+
+
+def optimizer_of(model: nn.Module, name: str) -> Any:
+    """The optimizer attached to a model.
+
+    Raises:
+        ValueError: none is, or it is none.
+    """
+    optimizer = getattr(model, "current_optimizer", None)
+    if is_optimizer(optimizer):
+        return optimizer
+    found = "no optimizer" if optimizer is None else f"a {type(optimizer).__name__}"
+    message = (
+        f"'{name}' has {found} attached as current_optimizer: attach one with "
+        'pyupdate.build(model, "adamw"), or set model.current_optimizer to a torch.optim.Optimizer '
+        "on its parameters"
+    )
+    raise ValueError(message)
+
+
+def name_parameters(model: nn.Module, optimizer: Any) -> None:
+    """Tell the plan how the model calls its parameters, so that errors can.
+
+    An optimizer may serve several models; the names of all of them are kept.
+    """
+    if not step.has_rule(optimizer):
+        return
+    of = {id(param): name for name, param in model.named_parameters()}
+    alive = [names for names in _named.get(optimizer, []) if names.model() not in (None, model)]
+    alive.append(_Names(weakref.ref(model), of))
+    _named[optimizer] = alive
+    step.set_names(optimizer, {key: name for names in alive for key, name in names.of.items()})
+
+
+def _has_names(model: nn.Module, optimizer: Any, params: Sequence[Tensor]) -> bool:
+    """Whether the plan knows them; two lookups, not a traversal, at every step."""
+    for names in _named.get(optimizer, ()):
+        if names.model() is model:
+            return id(params[0]) in names.of and id(params[-1]) in names.of
+    return False
+
+
+def apply(
+    model: nn.Module,
+    optimizer: Any,
+    params: Sequence[Tensor],
+    scaler: Scaler | None,
+    *,
+    restore: bool,
+) -> None:
+    """Make one step on the gradients of `params`; the optimizer's other parameters are not touched.
+
+    Args:
+        model: whose parameters these are.
+        optimizer: the one attached to it.
+        params: the trainable parameters of the model.
+        scaler: an enabled scaler, or None.
+        restore: whether `.grad` must be as it was after a step that raised. Only where torch's own
+            unscaling would write into it this costs a copy.
+    """
+    if step.has_rule(optimizer):
+        if not _has_names(model, optimizer, params):
+            name_parameters(model, optimizer)
+        step.step(optimizer, grad_scaler=scaler, only=params)
+        return
+    with _others_set_aside(optimizer, params):
+        if scaler is None:
+            optimizer.step()
+            _plain[optimizer] = _Plain((), None)
+        else:
+            _step_scaled(optimizer, scaler, restore=restore)
+
+
+def last_update(optimizer: Any) -> LastUpdate | None:
+    """What the last step of an optimizer left; the device is waited for here."""
+    last = step.last_step(optimizer)
+    plain = _plain.get(optimizer)
+    if last is not None or plain is None:
+        return last
+    skipped = any(float(found) != 0.0 for found in plain.found_inf)
+    multiplier = 1.0 if plain.scale is None else 1.0 / float(plain.scale)
+    return LastUpdate(norm=None, skipped=skipped, multiplier=multiplier)
+
+
+def _step_scaled(optimizer: Any, scaler: Scaler, *, restore: bool) -> None:
+    """``scaler.step(optimizer)``, undone in the scaler and in `.grad` if it raises."""
+    with_grad = [param for param in held(optimizer) if param.grad is not None]
+    if not with_grad:  # torch fails an assertion where there is nothing to check
+        return
+    grads = [param.grad for param in with_grad]
+    if restore:
+        for param, grad in zip(with_grad, grads, strict=True):
+            param.grad = None if grad is None else grad.clone()
+    states = scaler._per_optimizer_states
+    state = dict(states[id(optimizer)])
+    try:
+        scaler.step(optimizer)
+    except BaseException:
+        states[id(optimizer)] = state
+        if restore:
+            for param, grad in zip(with_grad, grads, strict=True):
+                param.grad = grad
+        raise
+    found = states[id(optimizer)]["found_inf_per_device"].values()
+    scale = scaler._get_scale_async()
+    _plain[optimizer] = _Plain(tuple(found), None if scale is None else scale.clone())
+
+
+@contextmanager
+def _others_set_aside(optimizer: Any, params: Sequence[Tensor]) -> Iterator[None]:
+    """Hide the gradients of what an optimizer holds beside these parameters from its step."""
+    ours = {id(param) for param in params}
+    others = [
+        (param, param.grad)
+        for param in held(optimizer)
+        if id(param) not in ours and param.grad is not None
+    ]
+    for param, _ in others:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in others:
+            param.grad = grad

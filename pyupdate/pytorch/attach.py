@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch half of ``pyupdate.build``: make the optimizer, check it, attach it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from pyupdate import frameworks
+
+from . import apply
+
+_NAMED: dict[str, str] = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+"""What `build` calls an optimizer, and its class in `pyupdate.optim`."""
+
+_names_given: Counter[str] = Counter()
+
+
+def attach(model: nn.Module, optimizer: Any, model_name: str | None, max_norm: float | None) -> Any:
+    """Do what `pyupdate.build` says with a module; nothing is attached if anything is refused."""
+    params = list(model.parameters())
+    kind = type(model).__name__
+    if not params:
+        message = f"the model ({kind}) has no parameters, so there is nothing to optimize"
+        raise ValueError(message)
+    optimizer = _optimizer(params, optimizer, max_norm)
+    if not apply.holds_any(optimizer, params):
+        message = (
+            f"the optimizer ({type(optimizer).__name__}) holds none of the parameters of the model "
+            f"({kind}): make it from model.parameters() of this very model, after any .to() or "
+            "copy that replaces them"
+        )
+        raise ValueError(message)
+    kept = getattr(model, "model_name", None)
+    if model_name is None:
+        model_name = kept if isinstance(kept, str) and kept else _new_name(kind)
+    model.current_optimizer = optimizer
+    model.model_name = model_name  # type: ignore[assignment]
+    apply.name_parameters(model, optimizer)
+    return model
+
+
+def _optimizer(params: list[nn.Parameter], optimizer: Any, max_norm: float | None) -> Any:
+    from pyupdate import optim
+
+    if isinstance(optimizer, str):
+        name = _NAMED.get(optimizer.lower())
+        if name is None:
+            known = ", ".join(repr(known) for known in _NAMED)
+            message = (
+                f"optimizer {optimizer!r} is unknown: give one of {known}, a callable on the "
+                "parameters such as lambda p: torch.optim.Adagrad(p), or an optimizer"
+            )
+            raise ValueError(message)
+        return getattr(optim, name)(params, max_norm=max_norm)
+    made = optimizer
+    if not apply.is_optimizer(made) and callable(made):
+        made = made(params)
+    if not apply.is_optimizer(made):
+        found = frameworks.type_name(made)
+        what = "optimizer is" if made is optimizer else "the callable given as optimizer returned"
+        message = (
+            f"{what} a {found}: give a name, a torch.optim.Optimizer, or a callable that takes the "
+            "model's parameters and returns one"
+        )
+        raise ValueError(message)
+    if max_norm is None:
+        return made
+    return optim.accelerate(made, max_norm=max_norm)
+
+
+def _new_name(kind: str) -> str:
+    _names_given[kind] += 1
+    count = _names_given[kind]
+    return kind if count == 1 else f"{kind}_{count}"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of a loss for a model's trainable parameters, and for nothing else.
+
+`.grad` is set aside before the backward pass and what came out of it is added after, into new
+tensors: a backward that raises in the middle, or a step that is refused, can be undone exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CAUSES = (
+    "it does not depend on this model, it was computed under torch.no_grad() or from detached "
+    "values, or inside torch.utils.checkpoint with use_reentrant=True (use False)"
+)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The model's parameters that require gradients, each once, in ``model.parameters()``'s order.
+
+    ``parameters()`` builds every qualified name on its way. Without them the walk takes 0.3 ms
+    instead of 0.7 for 750 modules and 1,000 parameters, and sees every change of the tree.
+    """
+    kind = type(model)
+    if (
+        kind.parameters is not nn.Module.parameters
+        or kind.named_parameters is not nn.Module.named_parameters
+        or kind.named_modules is not nn.Module.named_modules
+    ):
+        return [param for param in model.parameters() if param.requires_grad]
+    found: dict[int, nn.Parameter] = {}
+    seen: set[int] = set()
+    stack: list[nn.Module] = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for param in module._parameters.values():
+            if param is not None and param.requires_grad:
+                found[id(param)] = param
+        children = module._modules
+        if children:
+            stack.extend([child for child in reversed(children.values()) if child is not None])
+    return list(found.values())
+
+
+def set_aside(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Take every `.grad` away, and return them for `put_back` and `add`."""
+    grads = [param.grad for param in params]
+    for param, grad in zip(params, grads, strict=True):
+        if grad is not None:
+            param.grad = None
+    return grads
+
+
+def put_back(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Undo `set_aside`, whatever happened in between."""
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+
+
+def drop(params: Sequence[Tensor]) -> None:
+    """Set every `.grad` to None."""
+    for param in params:
+        param.grad = None
+
+
+def backward(
+    name: str,
+    loss: Tensor,
+    params: Sequence[Tensor],
+    scaler: torch.amp.GradScaler | None,
+    retain_graph: bool,
+) -> None:
+    """Put the gradients of the loss's mean, times the scaler's scale, into `.grad` (which is None).
+
+    Raises:
+        ValueError: a loss that cannot have gradients, named with the model.
+        RuntimeError: weights that it needs were changed in place; else torch's own, as it is.
+    """
+    if not loss.requires_grad:
+        message = f"the loss given to update '{name}' does not require gradients: {_CAUSES}"
+        raise ValueError(message)
+    if loss.numel() == 0:
+        message = (
+            f"the loss given to update '{name}' has no elements, so no mean: is a batch empty?"
+        )
+        raise ValueError(message)
+    with torch.enable_grad():
+        if loss.dim() > 0:
+            loss = loss.mean()
+        if scaler is not None:
+            loss = scaler.scale(loss)
+    try:
+        torch.autograd.backward(loss, retain_graph=retain_graph, inputs=params)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        message = (
+            f"cannot differentiate the loss of '{name}': values that its graph needs were changed "
+            "in place after the forward pass, most likely the weights of a model that was updated "
+            "first. Give defer=True (and a deferred dict) to the earlier update_model call, and "
+            "call what it leaves in the dict after this one"
+        )
+        raise RuntimeError(message) from error
+
+
+def add(name: str, params: Sequence[Tensor], before: Sequence[Tensor | None]) -> list[int]:
+    """Add what was set aside to what the backward pass left, into new tensors.
+
+    Returns:
+        The positions of the parameters that the loss did not reach.
+
+    Raises:
+        ValueError: it reached none.
+    """
+    after = [param.grad for param in params]
+    unreached = [index for index, grad in enumerate(after) if grad is None]
+    if len(unreached) == len(params):
+        message = f"the loss given to update '{name}' reaches none of its parameters: {_CAUSES}"
+        raise ValueError(message)
+    both: list[tuple[Tensor, Tensor, Tensor]] = []
+    for param, old, new in zip(params, before, after, strict=True):
+        if old is None:
+            continue
+        if new is None:
+            param.grad = old
+        elif old.layout is torch.strided and new.layout is torch.strided:
+            both.append((param, old, new))
+        else:  # torch adds a sparse tensor to a dense one, not the other way round
+            param.grad = new + old if new.layout is torch.strided else old + new
+    if both:
+        targets, olds, news = zip(*both, strict=True)
+        sums: Any = torch._foreach_add(olds, news)
+        for param, grad in zip(targets, sums, strict=True):
+            param.grad = grad
+    return unreached

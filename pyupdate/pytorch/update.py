@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``update_model`` for PyTorch: check, differentiate, add, step or defer, drop. Or undo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyupdate import amp
+
+from . import apply, deferral, gradients, reentrant
+
+
+def update(
+    model: nn.Module,
+    loss: Tensor,
+    retain_graph: bool,
+    scaler: Any,
+    defer: bool,
+    deferred: deferral.Deferred | None,
+) -> None:
+    """Do what `pyupdate.update_model` says, with a module and a tensor."""
+    name = deferral.name_of(model)
+    deferral.check_deferred(name, defer, deferred)
+    optimizer = apply.optimizer_of(model, name)
+    scaler = _enabled(scaler)
+    params = gradients.trainable(model)
+    if not params:
+        message = (
+            f"'{name}' has no trainable parameters: every one is frozen (requires_grad=False), or "
+            "it has none"
+        )
+        raise ValueError(message)
+    if deferral.is_pending(model, params):
+        deferral.check_scale(model, name, scaler)
+    if scaler is not None:
+        apply.check_not_unscaled(name, optimizer, scaler)
+    if not defer:
+        apply.check_holds(name, optimizer, params)
+        if scaler is not None:
+            amp.check_can_step(scaler, optimizer)
+
+    before = gradients.set_aside(params)
+    try:
+        gradients.backward(name, loss, params, scaler, retain_graph)
+        unreached = gradients.add(name, params, before)
+        if unreached:
+            reentrant.check_unreached(model, name, loss, params, unreached)
+        if not defer:
+            apply.apply(model, optimizer, params, scaler, restore=False)
+    except BaseException:
+        gradients.put_back(params, before)
+        raise
+    if defer:
+        assert deferred is not None  # check_deferred
+        deferral.leave(model, name, scaler, deferred)
+        return
+    gradients.drop(params)
+    deferral.settle(model, name, deferred)
+
+
+def _enabled(scaler: Any) -> torch.amp.GradScaler | None:
+    if scaler is None:
+        return None
+    if not isinstance(scaler, torch.amp.GradScaler):
+        message = f"scaler must be a torch.amp.GradScaler or None, but is a {type(scaler).__name__}"
+        raise ValueError(message)
+    return scaler if amp.is_enabled(scaler) else None

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one call: ``update_model`` turns a loss into updated weights, whatever the framework.
+
+Thin: it looks at what it was given, refuses what no framework takes, and hands over. Neither torch
+nor tensorflow is imported before an object of theirs was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from . import frameworks
+
+if TYPE_CHECKING:
+    import torch
+
+    from .options import LastUpdate
+
+Deferred = MutableMapping[str, list[Callable[[], None]]]
+
+
+def update_model(
+    model: torch.nn.Module,
+    loss: torch.Tensor,
+    tape: None = None,
+    retain_graph: bool = True,
+    scaler: torch.amp.GradScaler | None = None,
+    defer: bool = False,
+    deferred: Deferred | None = None,
+) -> None:
+    """Differentiate a loss and apply the whole update to a model.
+
+    The gradients of ``loss.mean()`` are taken for the model's trainable parameters and for nothing
+    else, added to what is in their ``.grad``, unscaled, checked, clipped and stepped by
+    ``model.current_optimizer`` (see `pyupdate.build`), and dropped. A failure leaves parameters,
+    gradients, optimizer state and `deferred` as they were.
+
+    Args:
+        model: a ``torch.nn.Module`` with an optimizer attached as ``model.current_optimizer``.
+            Parameters that the optimizer does not hold are differentiated, not stepped.
+        loss: a floating tensor of any shape; its mean over all elements is differentiated.
+        tape: TensorFlow's, which is not in this version: leave it None.
+        retain_graph: True keeps the graph for another call. Give False at the last use of a graph:
+            its memory is freed earlier.
+        scaler: a ``torch.amp.GradScaler``; the step is skipped if a gradient is not finite. What is
+            in ``.grad`` already must carry its current scale. Call ``scaler.update()`` yourself,
+            once per iteration, after all models' updates. A disabled scaler acts as None.
+        defer: True adds the gradients to ``.grad`` and leaves the step to a callable in `deferred`.
+            Give it where another loss, not yet differentiated, needs this model's old weights.
+        deferred: maps a model's name (``model.model_name``, else a name unique to it) to callables
+            taking no argument; calling each, in the dict's order, applies what was deferred.
+            Deferred calls on one model leave one callable and make one step on the summed gradient;
+            a call without `defer` applies what is pending too and removes the model's callable.
+
+    Raises:
+        ValueError: `loss` is no tensor; `model` no ``torch.nn.Module``; no optimizer is attached;
+            no trainable parameter, or none that the loss reaches or the optimizer holds; `defer`
+            without `deferred`; pending gradients that carry the scale of another scaler.
+        RuntimeError: torch's own for a graph used twice or an optimizer stepped twice between two
+            ``scaler.update()``, or after ``scaler.unscale_``; or the weights that this loss needs were updated before it was
+            differentiated (defer the earlier update).
+        TypeError: a parameter or gradient that cannot be stepped, named.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> model = pyupdate.build(torch.nn.Linear(4, 1), "sgd")
+        >>> with torch.no_grad():
+        ...     _ = model.weight.zero_()
+        >>> loss = (model(torch.ones(8, 4)) - 1.0) ** 2
+        >>> pyupdate.update_model(model, loss)
+        >>> bool((model.weight != 0).all()), model.weight.grad
+        (True, None)
+    """
+    if not frameworks.is_torch_tensor(loss):
+        kind = frameworks.type_name(loss)
+        if frameworks.is_tensorflow(loss):
+            message = (
+                f"loss is a {kind}: TensorFlow is not in this version of pyupdate; "
+                "give a torch.Tensor"
+            )
+        else:
+            message = f"loss must be a torch.Tensor, but is {kind}"
+        raise ValueError(message)
+    frameworks.check_model(model)
+    if tape is not None:
+        message = (
+            f"tape is a {frameworks.type_name(tape)}: tapes are TensorFlow's, which is not in this "
+            "version of pyupdate; leave tape=None for a torch model"
+        )
+        raise ValueError(message)
+    from .pytorch import update
+
+    update.update(model, loss, retain_graph, scaler, defer, deferred)
+
+
+def last_update(model_or_optimizer: torch.nn.Module | torch.optim.Optimizer) -> LastUpdate | None:
+    """What the last update did: gradient norm, whether it was skipped, the multiplier.
+
+    The numbers are read from the device when this is called, not when the update is made.
+
+    Args:
+        model_or_optimizer: a model that was updated (its ``current_optimizer`` is looked at), or an
+            optimizer.
+
+    Returns:
+        A `pyupdate.options.LastUpdate`, or None where nothing was applied yet.
+
+    Raises:
+        ValueError: neither a model with an optimizer attached nor an optimizer.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> model = pyupdate.build(torch.nn.Linear(4, 1), "adamw", max_norm=1.0)
+        >>> pyupdate.last_update(model) is None
+        True
+        >>> pyupdate.update_model(model, model(torch.ones(8, 4)))
+        >>> pyupdate.last_update(model).skipped
+        False
+    """
+    optimizer: Any = model_or_optimizer
+    if frameworks.is_torch_module(optimizer):
+        optimizer = getattr(optimizer, "current_optimizer", None)
+    if not hasattr(optimizer, "param_groups"):
+        message = (
+            "last_update takes a model with an optimizer attached (pyupdate.build) or a torch "
+            f"optimizer, but got {frameworks.type_name(model_or_optimizer)}"
+        )
+        raise ValueError(message)
+    from .pytorch import apply
+
+    return apply.last_update(optimizer)
