@@ -113,8 +113,9 @@ std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& t
   std::vector<PyObject*> objects;
   std::vector<int64_t> storage;
   for (size_t r = 0; r < rows; ++r) {
-    if (group_of[r] < 0 || static_cast<size_t>(group_of[r]) >= rules.size() || positions[r] < 0) {
-      throw py::value_error("a parameter's group or position is out of range");
+    if (group_of[r] < 0 || static_cast<size_t>(group_of[r]) >= rules.size() || positions[r] < 0 ||
+        (r > 0 && group_of[r] < group_of[r - 1])) {
+      throw py::value_error("groups must be in order and positions not negative");
     }
     objects.push_back(params[r].ptr());
     storage.push_back(index_of_storage(storages[r]));
@@ -224,7 +225,7 @@ void refresh_again(Plan& plan, const py::list& groups, const py::dict& state,
 
 // The reduce pass alone: whether an inf or nan was found, the rows that have a gradient, and the sum
 // of squares of each.
-std::tuple<bool, std::vector<int64_t>, std::vector<double>> reduce(
+std::tuple<bool, std::vector<int32_t>, std::vector<double>> reduce(
     Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
     double unscale, int threads) {
   const Busy busy(plan);

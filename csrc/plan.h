@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a step needs to know about a model: plain int64 and fp64 tables, the same on every device.
+// What a step needs to know about a model: plain integer and fp64 tables, the same on every device.
 //
 // A row is one parameter with its gradient and state. Rows are in the order of the parameters.
 // Addresses stand apart, `width` of them a row (Role). Work is cut into chunks of kChunk elements,
@@ -20,10 +20,10 @@ constexpr int kMaxRoles = kFirstState + kMaxStates;
 
 struct Row {
   int64_t size;    // elements
-  int64_t hyper;   // index of its hyper row: the numbers of this step
   int64_t chunk;   // index of its first chunk, counted over the rows
-  int64_t layout;  // index into the layout table, -1 where every role is flat in one order
-  int64_t step;    // address of torch's step counter, 0 where the rule has none
+  int64_t step;    // address of torch's step counter (+ 1 if it is fp64), 0 where there is none
+  int32_t hyper;   // index of its hyper row: the numbers of this step
+  int32_t layout;  // index into the layout table, -1 where every role is flat in one order
 };
 
 // What one (group, step count, storage) has in common. The hypers themselves are fp64, `kHypers` of

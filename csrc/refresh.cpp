@@ -16,6 +16,8 @@ namespace pyupdate {
 
 namespace {
 
+constexpr int64_t kBytesOfKept = 16;  // an entry of torch's list, beside the tensor itself
+
 struct StorageType {
   uint8_t code, bits;
 };
@@ -80,14 +82,26 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
   storages_.reserve(rows);
   for (size_t r = 0; r < rows; ++r) {
     Py_INCREF(params[r]);
-    records_.push_back({params[r], -1, group_of[r], positions[r]});
+    records_.push_back({params[r], -1});
     storages_.push_back(static_cast<uint8_t>(storages[r]));
   }
+  group_ends_.assign(groups_.size(), 0);
+  bool whole = true;
+  for (size_t r = 0; r < rows; ++r) {
+    const auto g = static_cast<size_t>(group_of[r]);
+    const int32_t start = g == 0 ? 0 : group_ends_[g - 1];
+    whole = whole && positions[r] == static_cast<int32_t>(r) - start;
+    for (size_t later = g; later < groups_.size(); ++later) {
+      group_ends_[later] = static_cast<int32_t>(r) + 1;
+    }
+  }
+  if (!whole) positions_ = positions;
   held_.assign(rows * (states + 1), nullptr);
   active_.reserve(rows);
   tables_.rows.reserve(rows);
   tables_.addresses.reserve(rows * static_cast<size_t>(tables_.width()));
-  intervals_.reserve(rows * (states + 2));
+  grads_.reserve(rows);
+  written_.reserve(rows * (states + 2));
   Py_INCREF(interface_.grad);
   Py_INCREF(interface_.is_neg);
   Py_INCREF(interface_.increment_version);
@@ -98,7 +112,7 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
 Plan::~Plan() {
   for (Record& record : records_) Py_DECREF(record.param);
   for (PyObject* object : held_) Py_XDECREF(object);
-  for (PyObject* grad : grads_) Py_XDECREF(grad);
+  release_grads();
   for (const GroupRule& group : groups_) {
     for (PyObject* key : group.state_keys) Py_DECREF(key);
   }
@@ -109,10 +123,15 @@ Plan::~Plan() {
   for (PyTypeObject* type : interface_.types) Py_DECREF(type);
 }
 
-GradientsHeld::~GradientsHeld() {
-  for (PyObject* grad : plan_.grads_) Py_XDECREF(grad);
-  std::vector<PyObject*>().swap(plan_.grads_);
+// The gradients are the user's to free; what stays of them is which objects they were.
+void Plan::release_grads() {
+  if (grads_owned_) {
+    for (PyObject* grad : grads_) Py_XDECREF(grad);
+  }
+  grads_owned_ = false;
 }
+
+GradientsHeld::~GradientsHeld() { plan_.release_grads(); }
 
 // ----- one tensor
 
@@ -184,15 +203,16 @@ size_t Plan::find_state(PyObject* inner, const GroupRule& group, PyObject** foun
   return present;
 }
 
-bool Plan::read_row(const cpu::Passes& passes, size_t r, PyObject* grad, PyObject* inner,
-                    size_t k, bool* fresh) {
+bool Plan::read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_grad,
+                    PyObject* inner, size_t k, bool* fresh) {
   Record& record = records_[r];
-  const GroupRule& group = groups_[static_cast<size_t>(record.group)];
+  const GroupRule& group = groups_[g];
   const int64_t storage = storages_[r];
   const size_t states = group.state_keys.size();
   PyObject** held = &held_[r * static_cast<size_t>(states_ + 1)];
   Read roles[kMaxRoles];
   if (!read(record.param, storage, &roles[kParam])) return false;
+  PyObject* const grad = grads_.back();
   if (!read(grad, storage, &roles[kGrad])) return false;
 
   // The state: all of it there, or none of it.
@@ -217,7 +237,11 @@ bool Plan::read_row(const cpu::Passes& passes, size_t r, PyObject* grad, PyObjec
   }
   if (record.counter < 0 || (*fresh && group.has_step)) record.counter = 0;
 
-  Row row{size_of(roles[kParam].tensor), 0, 0, -1, 0};
+  Row row{size_of(roles[kParam].tensor), 0, 0, 0, -1};
+  // 64 ns a question, so it is asked where the answer may be new. A public torch call makes a
+  // negated view only of every second element, so what is dense and known needs no asking.
+  const bool plain = known_grad && roles[kGrad].contiguous && row.size > 1;
+  if (!plain && is_negated(grad)) return false;
   bool flat = roles[kParam].contiguous && roles[kGrad].contiguous;
   if (!same_shape(roles[kParam].tensor, roles[kGrad].tensor)) return false;
   if (!*fresh) {
@@ -241,10 +265,10 @@ bool Plan::read_row(const cpu::Passes& passes, size_t r, PyObject* grad, PyObjec
   for (int64_t role = 0; role < count; ++role) addresses[role] = roles[role].address;
   const auto width = static_cast<size_t>(tables_.width());
   if (rows_changed_ || k >= tables_.rows.size() || tables_.rows[k].size != row.size ||
-      active_[k] != static_cast<int64_t>(r)) {
+      active_[k] != static_cast<int32_t>(r)) {
     if (!rows_changed_) drop_rows_from(k);  // the rest of the table is written anew
     tables_.add_row(row, addresses);
-    active_.push_back(static_cast<int64_t>(r));
+    active_.push_back(static_cast<int32_t>(r));
     return true;
   }
   Row& stands = tables_.rows[k];
@@ -288,7 +312,7 @@ bool Plan::add_layout(const Read* roles, int64_t count, Row* row) {
   }
   if (alike) return true;
   written_moved_ = true;  // strides are not compared with the last step's: look at memory anew
-  row->layout = static_cast<int64_t>(tables_.layouts.size());
+  row->layout = static_cast<int32_t>(tables_.layouts.size());
   std::vector<int64_t>& table = tables_.layouts;
   table.push_back(dims);
   for (int64_t i = 0; i < dims; ++i) table.push_back(param.shape[order[i]]);
@@ -325,9 +349,11 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   noticed_.clear();
   tables_.layouts.clear();
   rows_changed_ = written_moved_ = grads_moved_ = active_.empty();
-  for (PyObject* grad : grads_) Py_DECREF(grad);
+  release_grads();
+  std::vector<PyObject*> grads_before = std::move(grads_);  // not owned: addresses to compare with
   grads_.clear();
   grads_.reserve(records_.size());
+  grads_owned_ = true;
 
   std::vector<PyObject*> lists;
   static PyObject* const params_key = PyUnicode_InternFromString("params");
@@ -350,11 +376,15 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   PyObject* value = nullptr;
   bool more = PyDict_Next(state, &walk, &key, &value);
   size_t k = 0;
+  size_t g = 0;
   for (size_t r = 0; r < records_.size(); ++r) {
     const Record& record = records_[r];
-    PyObject* list = lists[static_cast<size_t>(record.group)];
-    if (record.position >= PyList_GET_SIZE(list) ||
-        PyList_GET_ITEM(list, record.position) != record.param) {
+    while (static_cast<int32_t>(r) >= group_ends_[g]) ++g;
+    const int32_t start = g == 0 ? 0 : group_ends_[g - 1];
+    const Py_ssize_t position =
+        positions_.empty() ? static_cast<Py_ssize_t>(r) - start : positions_[r];
+    if (position >= PyList_GET_SIZE(lists[g]) ||
+        PyList_GET_ITEM(lists[g], position) != record.param) {
       return Found::kStale;
     }
     PyObject* inner = nullptr;
@@ -373,7 +403,8 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     }
     bool fresh = false;
     if (grad != nullptr) grads_.push_back(grad);
-    if (grad == nullptr || is_negated(grad) || !read_row(passes, r, grad, inner, k, &fresh)) {
+    const bool known = k < grads_before.size() && grads_before[k] == grad;
+    if (grad == nullptr || !read_row(passes, r, g, known, inner, k, &fresh)) {
       PyErr_Clear();
       noticed_.assign(1, static_cast<int64_t>(r));
       return Found::kSuspect;
@@ -404,17 +435,19 @@ void Plan::fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<
     int64_t group = -1, storage = -1, step = -1;
     auto operator<=>(const Key&) const = default;
   };
-  std::map<Key, int64_t> known;
+  std::map<Key, int32_t> known;
   Key last;
-  int64_t index = -1;
+  size_t group = 0;
+  int32_t index = -1;
   tables_.hyper_rows.clear();
   tables_.hypers.clear();
   for (size_t k = 0; k < active_.size(); ++k) {
     const auto r = static_cast<size_t>(active_[k]);
-    const Key key{records_[r].group, storages_[r], records_[r].counter + 1};
+    while (static_cast<int32_t>(r) >= group_ends_[group]) ++group;
+    const Key key{static_cast<int64_t>(group), storages_[r], records_[r].counter + 1};
     if (key != last) {
       const auto [place, is_new] =
-          known.try_emplace(key, static_cast<int64_t>(tables_.hyper_rows.size()));
+          known.try_emplace(key, static_cast<int32_t>(tables_.hyper_rows.size()));
       last = key;
       index = place->second;
       if (is_new) add_hyper_row(passes, key.group, key.storage, key.step, numbers);
@@ -444,10 +477,11 @@ void Plan::keep_state() {
   if (!all) throw py::error_already_set();
   kept_ = py::reinterpret_steal<py::object>(PyObject_CallOneArg(interface_.tensor_list, all.ptr()));
   if (!kept_) throw py::error_already_set();
+  kept_count_ = PyList_GET_SIZE(all.ptr());
 }
 
 void Plan::count_step() {
-  for (const int64_t r : active_) ++records_[static_cast<size_t>(r)].counter;
+  for (const int32_t r : active_) ++records_[static_cast<size_t>(r)].counter;
 }
 
 // ----- what is written, and that none of it is shared
@@ -455,7 +489,7 @@ void Plan::count_step() {
 PyObject* Plan::written() const {
   const auto columns = static_cast<size_t>(states_ + 1);
   size_t count = 0;
-  for (const int64_t r : active_) {
+  for (const int32_t r : active_) {
     ++count;
     for (size_t c = 0; c < columns; ++c) count += held_[static_cast<size_t>(r) * columns + c] != nullptr;
   }
@@ -467,7 +501,7 @@ PyObject* Plan::written() const {
     Py_INCREF(object);
     PyList_SET_ITEM(list, at++, object);
   };
-  for (const int64_t r : active_) {
+  for (const int32_t r : active_) {
     add(records_[static_cast<size_t>(r)].param);
     for (size_t c = 0; c < columns; ++c) add(held_[static_cast<size_t>(r) * columns + c]);
   }
@@ -510,26 +544,36 @@ bool Plan::plainly_injective(size_t k, int64_t role) const {
   return true;
 }
 
+Plan::Interval Plan::interval(Written written) const {
+  const auto columns = static_cast<uint32_t>(states_ + 2);
+  const size_t k = written / columns;
+  const auto column = static_cast<int64_t>(written % columns);
+  if (column <= states_) return interval(k, column == 0 ? int64_t{kParam} : kGrad + column);
+  const int64_t step = tables_.rows[k].step;
+  return {step & ~int64_t{1}, (step & ~int64_t{1}) + (step & 1 ? 8 : 4)};
+}
+
 // Sorts everything that is written; false if two intervals meet or one meets itself.
 bool Plan::written_apart() {
-  intervals_.clear();
+  written_.clear();
+  const auto columns = static_cast<uint32_t>(states_ + 2);
+  std::vector<std::pair<Interval, Written>> sorted;
   bool apart = true;
   for (size_t k = 0; k < active_.size(); ++k) {
     if (tables_.rows[k].size == 0) continue;
-    for (int64_t role = 0; role < tables_.width(); ++role) {
-      const auto at = k * static_cast<size_t>(tables_.width()) + static_cast<size_t>(role);
-      if (role == kGrad || tables_.addresses[at] == 0) continue;
-      apart = apart && plainly_injective(k, role);
-      intervals_.push_back(interval(k, role));
-    }
-    if (const int64_t step = tables_.rows[k].step; step != 0) {
-      intervals_.push_back({step & ~int64_t{1}, (step & ~int64_t{1}) + (step & 1 ? 8 : 4)});
+    for (uint32_t column = 0; column < columns; ++column) {
+      const Written written = static_cast<uint32_t>(k) * columns + column;
+      const Interval at = interval(written);
+      if (at.start == 0) continue;  // state that is not there yet, a rule without a counter
+      if (column + 1 < columns) apart = apart && plainly_injective(k, column == 0 ? 0 : kGrad + column);
+      sorted.emplace_back(at, written);
     }
   }
-  std::sort(intervals_.begin(), intervals_.end(),
-            [](const Interval& a, const Interval& b) { return a.start < b.start; });
-  for (size_t i = 1; i < intervals_.size(); ++i) {
-    apart = apart && intervals_[i - 1].end <= intervals_[i].start;
+  std::sort(sorted.begin(), sorted.end(),
+            [](const auto& a, const auto& b) { return a.first.start < b.first.start; });
+  for (size_t i = 0; i < sorted.size(); ++i) {
+    written_.push_back(sorted[i].second);
+    apart = apart && (i == 0 || sorted[i - 1].first.end <= sorted[i].first.start);
   }
   return apart;
 }
@@ -544,10 +588,10 @@ bool Plan::grads_apart() const {
     const Interval grad = interval(k, kGrad);
     if (grad.start >= gap_start && grad.end <= gap_end) continue;
     const auto next = std::upper_bound(
-        intervals_.begin(), intervals_.end(), grad.start,
-        [](int64_t start, const Interval& interval) { return start < interval.start; });
-    gap_start = next == intervals_.begin() ? INT64_MIN : next[-1].end;
-    gap_end = next == intervals_.end() ? INT64_MAX : next->start;
+        written_.begin(), written_.end(), grad.start,
+        [this](int64_t start, Written written) { return start < interval(written).start; });
+    gap_start = next == written_.begin() ? INT64_MIN : interval(next[-1]).end;
+    gap_end = next == written_.end() ? INT64_MAX : interval(*next).start;
     if (grad.start < gap_start || grad.end > gap_end) return false;
   }
   return true;
@@ -567,7 +611,8 @@ uint64_t Plan::fingerprint() const {
 int64_t Plan::bytes() const {
   const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
   return static_cast<int64_t>(sizeof(Plan)) + of(groups_) + of(records_) + of(storages_) +
-         of(held_) + of(active_) + of(intervals_) + of(noticed_) + tables_.bytes();
+         of(held_) + of(active_) + of(grads_) + of(written_) + of(noticed_) + of(positions_) +
+         of(group_ends_) + kept_count_ * kBytesOfKept + tables_.bytes();
 }
 
 }  // namespace pyupdate

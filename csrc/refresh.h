@@ -61,27 +61,26 @@ class Plan {
   void vouch() { vouched_ = fingerprint(); }
 
   cpu::Tables& tables() { return tables_; }
-  const std::vector<int64_t>& active() const { return active_; }
+  const std::vector<int32_t>& active() const { return active_; }
   // A new list of every tensor that the step writes; null with a Python error.
   PyObject* written() const;
   PyObject* increment_version() const { return interface_.increment_version; }
   void count_step();
   void keep_state();
-  void set_counter(int64_t row, int64_t counter) { records_[size_t(row)].counter = counter; }
   int64_t bytes() const;
 
   bool busy = false;  // a step is running: a second one would tear it
 
  private:
   struct Record {
-    PyObject* param;   // owned
-    int64_t counter;   // steps made, -1 before the state was seen
-    int32_t group;
-    int32_t position;  // in its group's list
+    PyObject* param;  // owned
+    int64_t counter;  // steps made, -1 before the state was seen
   };
   struct Interval {
     int64_t start, end;
   };
+  // A column of a row that is written: the parameter, its states, the step counter.
+  using Written = uint32_t;
   // One tensor as it was read; what the exchange API fills in stays torch's.
   struct Read {
     dlpack::Tensor tensor;
@@ -92,8 +91,9 @@ class Plan {
   Found read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* state,
                   const std::vector<std::vector<double>>& numbers);
   bool read(PyObject* object, int64_t storage, Read* out) const;
-  bool read_row(const cpu::Passes& passes, size_t r, PyObject* grad, PyObject* inner, size_t k,
-                bool* fresh);
+  bool read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_grad, PyObject* inner,
+                size_t k, bool* fresh);
+  void release_grads();
   bool read_step(size_t r, PyObject* step, int64_t* tagged);
   bool add_layout(const Read* roles, int64_t count, Row* row);
   PyObject* gradient(PyObject* param) const;
@@ -104,6 +104,7 @@ class Plan {
   void add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
                      const std::vector<std::vector<double>>& numbers);
   Interval interval(size_t k, int64_t role) const;
+  Interval interval(Written written) const;
   bool plainly_injective(size_t k, int64_t role) const;
   bool written_apart();
   bool grads_apart() const;
@@ -111,15 +112,19 @@ class Plan {
 
   Interface interface_;
   std::vector<GroupRule> groups_;
+  std::vector<int32_t> group_ends_;  // index behind the last row of each group
+  std::vector<int32_t> positions_;   // in its group's list; empty if every group is whole
   std::vector<Record> records_;
   std::vector<uint8_t> storages_;
   int64_t states_;                // columns of held_: states, then the step counter
   std::vector<PyObject*> held_;   // owned; what was found in the state at the last refresh
   py::object kept_;               // see keep_state
-  std::vector<int64_t> active_;   // rows with a gradient, in order
-  std::vector<PyObject*> grads_;  // owned during a refresh and a run
+  int64_t kept_count_ = 0;
+  std::vector<int32_t> active_;   // rows with a gradient, in order
+  std::vector<PyObject*> grads_;  // of the active rows; owned during a refresh and a run
+  bool grads_owned_ = false;
   cpu::Tables tables_;
-  std::vector<Interval> intervals_;  // sorted: everything that is written
+  std::vector<Written> written_;  // sorted by address: everything that is written
   std::vector<int64_t> noticed_;
   // Against the last refresh: which rows there are, where what is written lies, where gradients lie.
   bool rows_changed_ = true;

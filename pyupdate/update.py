@@ -57,9 +57,9 @@ def update_model(
         ValueError: `loss` is no tensor; `model` no ``torch.nn.Module``; no optimizer is attached;
             no trainable parameter, or none that the loss reaches or the optimizer holds; `defer`
             without `deferred`; pending gradients that carry the scale of another scaler.
-        RuntimeError: torch's own for a graph used twice or an optimizer stepped twice between two
-            ``scaler.update()``, or after ``scaler.unscale_``; or the weights that this loss needs were updated before it was
-            differentiated (defer the earlier update).
+        RuntimeError: weights that this loss needs were updated before it was differentiated (defer
+            the earlier update). Torch's own: a graph used twice, an optimizer stepped or unscaled
+            since the last ``scaler.update()``.
         TypeError: a parameter or gradient that cannot be stepped, named.
 
     Example:

@@ -55,8 +55,8 @@ void Tables::append(const Tables& other) {
   const auto layouts_before = static_cast<int64_t>(layouts.size());
   for (size_t i = 0; i < other.rows.size(); ++i) {
     Row row = other.rows[i];
-    row.hyper += hyper_rows_before;
-    if (row.layout >= 0) row.layout += layouts_before;
+    row.hyper += static_cast<int32_t>(hyper_rows_before);
+    if (row.layout >= 0) row.layout += static_cast<int32_t>(layouts_before);
     add_row(row, &other.addresses[i * static_cast<size_t>(width_)]);
   }
   for (HyperRow hyper : other.hyper_rows) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step an attached optimizer on a model's gradients: by its plan if it has a rule, else as it is."""
+"""Step an attached optimizer on a model's gradients: by its plan, or as it is without a rule."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 """Find the parameters that a reentrant checkpoint hides from ``backward(inputs=...)``.
 
 ``torch.utils.checkpoint(use_reentrant=True)`` runs a function without a graph; its parameters are
-no inputs of its node. Where a gradient of the node's inputs is asked for, torch refuses; where none is
-(tried on torch 2.13: ``head(checkpoint(block, x))`` with an x that requires gradients), the node is
-left out and the block silently gets no gradients. So the graph is searched for such a node when
+no inputs of its node. Where a gradient of the node's inputs is asked for, torch refuses; where none
+is (tried on torch 2.13: ``head(checkpoint(block, x))`` with an x that requires gradients), the node
+is left out and the block silently gets no gradients. So the graph is searched for such a node when
 parameters were not reached, once for every new set of them.
 """
 
