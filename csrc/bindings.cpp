@@ -157,7 +157,7 @@ struct Gil {
     saved = nullptr;
   }
   void bump() {
-    const py::object written = py::reinterpret_steal<py::object>(plan.written());
+    const py::object written = plan.to_bump();
     const py::object done = py::reinterpret_steal<py::object>(
         written ? PyObject_CallOneArg(plan.increment_version(), written.ptr()) : nullptr);
     if (!done) error.emplace();
@@ -202,8 +202,9 @@ Answer step(Plan& plan, const py::list& groups, const py::dict& state, const Num
   request.unscale = request.multiplier = unscale;
   request.max_norm = max_norm;
   request.threads = threads;
-  plan.keep_state();
-  return answer(found, plan, run(plan, request));
+  const cpu::Outcome outcome = run(plan, request);
+  if (!outcome.skipped) plan.settle();
+  return answer(found, plan, outcome);
 }
 
 // The refresh alone.

@@ -228,12 +228,12 @@ bool Plan::read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_gr
         record.counter = found[s] == nullptr ? 0 : 1;
       }
       hold(&held[s], found[s]);
-      kept_ = py::object();
+      settled_ = false;
     }
   }
   if (found[states_] != held[states_]) {
     hold(&held[states_], found[states_]);
-    kept_ = py::object();
+    settled_ = false;
   }
   if (record.counter < 0 || (*fresh && group.has_step)) record.counter = 0;
 
@@ -336,7 +336,11 @@ Found Plan::refresh(const cpu::Passes& passes, PyObject* groups, PyObject* state
     tables_.clear_rows();
     return found;
   }
-  if (rows_changed_) tables_.cut();
+  if (rows_changed_) {
+    tables_.cut();
+    settled_ = false;
+  }
+  if (!settled_) kept_ = bumped_ = py::object();
   if (written_moved_) written_apart_ = written_apart();
   if (written_moved_ || grads_moved_) grads_apart_ = grads_apart();
   if (!(written_apart_ && grads_apart_) && fingerprint() != vouched_) return Found::kOverlap;
@@ -379,6 +383,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   size_t g = 0;
   for (size_t r = 0; r < records_.size(); ++r) {
     const Record& record = records_[r];
+    prefetch(r, k, grads_before);
     while (static_cast<int32_t>(r) >= group_ends_[g]) ++g;
     const int32_t start = g == 0 ? 0 : group_ends_[g - 1];
     const Py_ssize_t position =
@@ -414,6 +419,26 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   }
   if (k < tables_.rows.size()) drop_rows_from(k);
   return noticed_.empty() ? Found::kReady : Found::kFresh;
+}
+
+// Objects of many small tensors lie apart: ask for those of the rows to come. Behind the header of
+// a tensor object stands the address of what it wraps, which is only ever asked for, never read.
+void Plan::prefetch(size_t r, size_t k, const std::vector<PyObject*>& grads) const {
+  constexpr size_t kObjects = 8, kWrapped = 4;  // rows ahead
+  const auto columns = static_cast<size_t>(states_ + 1);
+  const auto ahead = [&](size_t distance, const auto& ask) {
+    if (r + distance >= records_.size()) return;
+    ask(records_[r + distance].param);
+    for (size_t c = 0; c < columns; ++c) ask(held_[(r + distance) * columns + c]);
+    // A gradient of the last step may be gone, so its memory is asked for and not read.
+    if (k + distance < grads.size()) __builtin_prefetch(grads[k + distance]);
+  };
+  ahead(kObjects, [](const PyObject* object) { __builtin_prefetch(object); });
+  ahead(kWrapped, [](const PyObject* object) {
+    if (object == nullptr) return;
+    const char* wrapped = reinterpret_cast<const char* const*>(object + 1)[0];
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(wrapped + 64 * line);
+  });
 }
 
 // A lazily negated view has the bytes of its opposite.
@@ -469,15 +494,66 @@ void Plan::add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t stora
   tables_.hyper_rows.push_back({rule, storage, static_cast<int64_t>(offset), step, sign});
 }
 
-// A tensor that only Python refers to pays a reference transition whenever C++ looks at it: 38 ns a
-// look instead of 18. One list of torch's, made when the state changes, refers to all of them.
-void Plan::keep_state() {
-  if (kept_ || interface_.tensor_list == Py_None) return;
+// What is found out once, after a first step with these tensors, to make the next ones cheap.
+void Plan::settle() {
+  if (settled_) return;
+  settled_ = true;
   const py::object all = py::reinterpret_steal<py::object>(written());
   if (!all) throw py::error_already_set();
-  kept_ = py::reinterpret_steal<py::object>(PyObject_CallOneArg(interface_.tensor_list, all.ptr()));
-  if (!kept_) throw py::error_already_set();
-  kept_count_ = PyList_GET_SIZE(all.ptr());
+  // A tensor that only Python refers to pays a reference transition whenever C++ looks at it: 38 ns
+  // a look instead of 18. One list of torch's refers to all of them.
+  if (interface_.tensor_list != Py_None) {
+    kept_ = py::reinterpret_steal<py::object>(PyObject_CallOneArg(interface_.tensor_list, all.ptr()));
+    if (!kept_) throw py::error_already_set();
+    kept_count_ = PyList_GET_SIZE(all.ptr());
+  }
+  find_shared_counters();
+}
+
+// State that pyupdate makes shares one version counter (pytorch/rows.py), so one bump serves all of
+// it. Which tensors share is seen by bumping one and looking which counters moved.
+void Plan::find_shared_counters() {
+  constexpr int kCounters = 4;  // as many first steps as may have made the state
+  bumped_ = py::object();
+  const auto columns = static_cast<size_t>(states_ + 1);
+  std::vector<PyObject*> open;
+  for (const int32_t r : active_) {
+    for (size_t c = 0; c < columns; ++c) {
+      if (PyObject* object = held_[static_cast<size_t>(r) * columns + c]) open.push_back(object);
+    }
+  }
+  py::list bumped;
+  for (const int32_t r : active_) bumped.append(py::handle(records_[static_cast<size_t>(r)].param));
+  for (int turn = 0; turn < kCounters && !open.empty(); ++turn) {
+    py::list one;
+    one.append(py::handle(open[0]));
+    std::vector<int64_t> before;
+    for (PyObject* object : open) before.push_back(version(object));
+    if (!py::reinterpret_steal<py::object>(
+            PyObject_CallOneArg(interface_.increment_version, one.ptr()))) {
+      throw py::error_already_set();
+    }
+    std::vector<PyObject*> rest;
+    for (size_t i = 0; i < open.size(); ++i) {
+      if (version(open[i]) == before[i]) rest.push_back(open[i]);
+    }
+    if (rest.size() == open.size()) return;  // inference tensors count nothing
+    bumped.append(py::handle(open[0]));
+    open.swap(rest);
+  }
+  if (open.empty()) bumped_ = std::move(bumped);
+}
+
+int64_t Plan::version(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  const py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
+  if (!value) PyErr_Clear();
+  return value ? PyLong_AsLongLong(value.ptr()) : -1;
+}
+
+// What to bump: a list that stands, or one made for this step.
+py::object Plan::to_bump() const {
+  return bumped_ ? bumped_ : py::reinterpret_steal<py::object>(written());
 }
 
 void Plan::count_step() {
@@ -612,7 +688,8 @@ int64_t Plan::bytes() const {
   const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
   return static_cast<int64_t>(sizeof(Plan)) + of(groups_) + of(records_) + of(storages_) +
          of(held_) + of(active_) + of(grads_) + of(written_) + of(noticed_) + of(positions_) +
-         of(group_ends_) + kept_count_ * kBytesOfKept + tables_.bytes();
+         of(group_ends_) + tables_.bytes() + (kept_ ? kept_count_ * kBytesOfKept : 0) +
+         (bumped_ ? PyList_GET_SIZE(bumped_.ptr()) * int64_t{sizeof(PyObject*)} : 0);
 }
 
 }  // namespace pyupdate

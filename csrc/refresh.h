@@ -66,7 +66,8 @@ class Plan {
   PyObject* written() const;
   PyObject* increment_version() const { return interface_.increment_version; }
   void count_step();
-  void keep_state();
+  void settle();
+  py::object to_bump() const;
   int64_t bytes() const;
 
   bool busy = false;  // a step is running: a second one would tear it
@@ -100,6 +101,9 @@ class Plan {
   size_t find_state(PyObject* inner, const GroupRule& group, PyObject** found) const;
   bool is_negated(PyObject* grad) const;
   void drop_rows_from(size_t k);
+  void prefetch(size_t r, size_t k, const std::vector<PyObject*>& grads) const;
+  void find_shared_counters();
+  static int64_t version(PyObject* tensor);
   void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
   void add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
                      const std::vector<std::vector<double>>& numbers);
@@ -118,7 +122,9 @@ class Plan {
   std::vector<uint8_t> storages_;
   int64_t states_;                // columns of held_: states, then the step counter
   std::vector<PyObject*> held_;   // owned; what was found in the state at the last refresh
-  py::object kept_;               // see keep_state
+  bool settled_ = false;          // whether the next two are those of the tensors that are held
+  py::object kept_;
+  py::object bumped_;
   int64_t kept_count_ = 0;
   std::vector<int32_t> active_;   // rows with a gradient, in order
   std::vector<PyObject*> grads_;  // of the active rows; owned during a refresh and a run

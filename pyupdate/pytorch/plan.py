@@ -151,13 +151,12 @@ class Plan:
 
     def _make_states(self, fresh: Sequence[Sequence[int]], inputs: Inputs) -> list[Row]:
         made: list[Row] = []
+        for part, rows in zip(self.parts, fresh, strict=True):
+            if isinstance(part, reference_backend.Part):
+                part.state_was_made(rows)
+            made += [part.rows[r] for r in rows]
         try:
-            for part, rows in zip(self.parts, fresh, strict=True):
-                if isinstance(part, reference_backend.Part):
-                    part.state_was_made(rows)
-                for r in rows:
-                    made.append(part.rows[r])
-                    make_state(part.rows[r], self.rules[part.rows[r].group], inputs)
+            make_state(made, self.rules, inputs)
         except BaseException:  # out of memory: as if it had not begun
             self._drop_states(made, inputs)
             raise
