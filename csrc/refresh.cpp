@@ -383,7 +383,6 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   size_t g = 0;
   for (size_t r = 0; r < records_.size(); ++r) {
     const Record& record = records_[r];
-    prefetch(r, k, grads_before);
     while (static_cast<int32_t>(r) >= group_ends_[g]) ++g;
     const int32_t start = g == 0 ? 0 : group_ends_[g - 1];
     const Py_ssize_t position =
@@ -419,26 +418,6 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   }
   if (k < tables_.rows.size()) drop_rows_from(k);
   return noticed_.empty() ? Found::kReady : Found::kFresh;
-}
-
-// Objects of many small tensors lie apart: ask for those of the rows to come. Behind the header of
-// a tensor object stands the address of what it wraps, which is only ever asked for, never read.
-void Plan::prefetch(size_t r, size_t k, const std::vector<PyObject*>& grads) const {
-  constexpr size_t kObjects = 8, kWrapped = 4;  // rows ahead
-  const auto columns = static_cast<size_t>(states_ + 1);
-  const auto ahead = [&](size_t distance, const auto& ask) {
-    if (r + distance >= records_.size()) return;
-    ask(records_[r + distance].param);
-    for (size_t c = 0; c < columns; ++c) ask(held_[(r + distance) * columns + c]);
-    // A gradient of the last step may be gone, so its memory is asked for and not read.
-    if (k + distance < grads.size()) __builtin_prefetch(grads[k + distance]);
-  };
-  ahead(kObjects, [](const PyObject* object) { __builtin_prefetch(object); });
-  ahead(kWrapped, [](const PyObject* object) {
-    if (object == nullptr) return;
-    const char* wrapped = reinterpret_cast<const char* const*>(object + 1)[0];
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(wrapped + 64 * line);
-  });
 }
 
 // A lazily negated view has the bytes of its opposite.

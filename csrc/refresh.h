@@ -101,7 +101,6 @@ class Plan {
   size_t find_state(PyObject* inner, const GroupRule& group, PyObject** found) const;
   bool is_negated(PyObject* grad) const;
   void drop_rows_from(size_t k);
-  void prefetch(size_t r, size_t k, const std::vector<PyObject*>& grads) const;
   void find_shared_counters();
   static int64_t version(PyObject* tensor);
   void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
