@@ -43,7 +43,8 @@ void use_isa(const std::string& name) {
     }
     known += std::string(known.empty() ? "" : ", ") + builds().passes[i]->isa;
   }
-  throw py::value_error("instruction set '" + name + "' is not built or cannot run here; there are: " + known);
+  throw py::value_error("instruction set '" + name +
+                        "' is not built or cannot run here; there are: " + known);
 }
 
 int64_t index_of_rule(const std::string& name) {
@@ -66,8 +67,7 @@ int64_t index_of_storage(const std::string& name) {
 using GroupSpec = std::tuple<std::string, std::vector<std::string>, bool>;
 
 std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& types,
-                                const py::handle& increment_version,
-                                const py::handle& tensor_list,
+                                const py::handle& increment_version, const py::handle& tensor_list,
                                 const std::vector<GroupSpec>& groups, const py::list& params,
                                 const std::vector<std::string>& storages,
                                 const std::vector<int32_t>& group_of,
@@ -186,7 +186,7 @@ cpu::Outcome run(Plan& plan, const cpu::Request& wanted) {
 using Answer = std::tuple<Found, std::vector<int64_t>, double, bool, bool, double>;
 
 Answer answer(Found found, const Plan& plan, const cpu::Outcome& outcome) {
-  return {found,          plan.noticed(),  outcome.norm, outcome.nonfinite,
+  return {found,           plan.noticed(),    outcome.norm, outcome.nonfinite,
           outcome.skipped, outcome.multiplier};
 }
 
@@ -224,11 +224,13 @@ void refresh_again(Plan& plan, const py::list& groups, const py::dict& state,
   throw std::runtime_error("the optimizer was changed by another thread during its step");
 }
 
-// The reduce pass alone: whether an inf or nan was found, the rows that have a gradient, and the sum
-// of squares of each.
-std::tuple<bool, std::vector<int32_t>, std::vector<double>> reduce(
-    Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
-    double unscale, int threads) {
+// The reduce pass alone: whether an inf or nan was found, the rows that have a gradient, and the
+// sum of squares of each.
+std::tuple<bool, std::vector<int32_t>, std::vector<double>> reduce(Plan& plan,
+                                                                   const py::list& groups,
+                                                                   const py::dict& state,
+                                                                   const Numbers& numbers,
+                                                                   double unscale, int threads) {
   const Busy busy(plan);
   const GradientsHeld held(plan);
   refresh_again(plan, groups, state, numbers, true);
@@ -299,9 +301,8 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
 
   py::class_<Plan>(m, "Plan")
       .def(py::init(&make_plan), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
-           py::arg("increment_version"),
-           py::arg("tensor_list"), py::arg("groups"), py::arg("params"), py::arg("storages"),
-           py::arg("group_of"), py::arg("positions"))
+           py::arg("increment_version"), py::arg("tensor_list"), py::arg("groups"),
+           py::arg("params"), py::arg("storages"), py::arg("group_of"), py::arg("positions"))
       .def("step", &step, py::arg("groups"), py::arg("state"), py::arg("numbers"),
            py::arg("reduce"), py::arg("skip_nonfinite"), py::arg("unscale"), py::arg("max_norm"),
            py::arg("threads"))

@@ -3,7 +3,8 @@
 //
 // Measured (torch 2.13, EPYC): a call of the exchange API takes 18 ns for a tensor that C++ holds
 // beside Python, 38 ns for one that only Python holds (a reference transition); `.grad` 43 ns as an
-// attribute, less through its descriptor. So the order here is: one read per tensor, no Python frame.
+// attribute, less through its descriptor. So the order here is: one read per tensor, no Python
+// frame.
 #include "refresh.h"
 
 #include <algorithm>
@@ -15,16 +16,6 @@
 namespace pyupdate {
 
 namespace {
-
-constexpr int64_t kBytesOfKept = 16;  // an entry of torch's list, beside the tensor itself
-
-struct StorageType {
-  uint8_t code, bits;
-};
-constexpr StorageType kStorageTypes[] = {{dlpack::kFloat, 64},
-                                         {dlpack::kFloat, 32},
-                                         {dlpack::kBfloat, 16},
-                                         {dlpack::kFloat, 16}};
 
 bool in_host_memory(const dlpack::Tensor& t) {
   return t.device.type == dlpack::kCpu || t.device.type == dlpack::kCudaHost;
@@ -57,11 +48,6 @@ void hold(PyObject** place, PyObject* object) {
   PyObject* before = *place;
   *place = object;
   Py_XDECREF(before);
-}
-
-void mix(uint64_t* hash, uint64_t value) {
-  *hash = (*hash ^ value) * 0x9e3779b97f4a7c15ull;
-  *hash ^= *hash >> 29;
 }
 
 }  // namespace
@@ -145,7 +131,7 @@ bool Plan::read(PyObject* object, int64_t storage, Read* out) const {
   const dlpack::Tensor& t = out->tensor;
   const StorageType& type = kStorageTypes[storage];
   if (t.dtype.code != type.code || t.dtype.bits != type.bits || t.dtype.lanes != 1) return false;
-  if (!in_host_memory(t)) return false;
+  if (!in_host_memory(t) || (t.strides == nullptr && t.ndim != 0)) return false;
   out->address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
   out->contiguous = is_contiguous(t);
   return t.data != nullptr || size_of(t) == 0;
@@ -157,8 +143,8 @@ PyObject* Plan::gradient(PyObject* param) const {
       ->tp_descr_get(interface_.grad, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
 }
 
-// Torch keeps the step count as a tensor of one fp32 (fp64 under that default dtype). The plan's own
-// count is exact beyond 2^24; it is taken from the tensor wherever the two disagree.
+// Torch keeps the step count as a tensor of one fp32 (fp64 under that default dtype). The plan's
+// own count is exact beyond 2^24; it is taken from the tensor wherever the two disagree.
 bool Plan::read_step(size_t r, PyObject* step, int64_t* tagged) {
   Read at;
   const bool is_double = !read(step, 1, &at);
@@ -203,8 +189,8 @@ size_t Plan::find_state(PyObject* inner, const GroupRule& group, PyObject** foun
   return present;
 }
 
-bool Plan::read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_grad,
-                    PyObject* inner, size_t k, bool* fresh) {
+bool Plan::read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_grad, PyObject* inner,
+                    size_t k, bool* fresh) {
   Record& record = records_[r];
   const GroupRule& group = groups_[g];
   const int64_t storage = storages_[r];
@@ -473,202 +459,8 @@ void Plan::add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t stora
   tables_.hyper_rows.push_back({rule, storage, static_cast<int64_t>(offset), step, sign});
 }
 
-// What is found out once, after a first step with these tensors, to make the next ones cheap.
-void Plan::settle() {
-  if (settled_) return;
-  settled_ = true;
-  const py::object all = py::reinterpret_steal<py::object>(written());
-  if (!all) throw py::error_already_set();
-  // A tensor that only Python refers to pays a reference transition whenever C++ looks at it: 38 ns
-  // a look instead of 18. One list of torch's refers to all of them.
-  if (interface_.tensor_list != Py_None) {
-    kept_ = py::reinterpret_steal<py::object>(PyObject_CallOneArg(interface_.tensor_list, all.ptr()));
-    if (!kept_) throw py::error_already_set();
-    kept_count_ = PyList_GET_SIZE(all.ptr());
-  }
-  find_shared_counters();
-}
-
-// State that pyupdate makes shares one version counter (pytorch/rows.py), so one bump serves all of
-// it. Which tensors share is seen by bumping one and looking which counters moved.
-void Plan::find_shared_counters() {
-  constexpr int kCounters = 4;  // as many first steps as may have made the state
-  bumped_ = py::object();
-  const auto columns = static_cast<size_t>(states_ + 1);
-  std::vector<PyObject*> open;
-  for (const int32_t r : active_) {
-    for (size_t c = 0; c < columns; ++c) {
-      if (PyObject* object = held_[static_cast<size_t>(r) * columns + c]) open.push_back(object);
-    }
-  }
-  py::list bumped;
-  for (const int32_t r : active_) bumped.append(py::handle(records_[static_cast<size_t>(r)].param));
-  for (int turn = 0; turn < kCounters && !open.empty(); ++turn) {
-    py::list one;
-    one.append(py::handle(open[0]));
-    std::vector<int64_t> before;
-    for (PyObject* object : open) before.push_back(version(object));
-    if (!py::reinterpret_steal<py::object>(
-            PyObject_CallOneArg(interface_.increment_version, one.ptr()))) {
-      throw py::error_already_set();
-    }
-    std::vector<PyObject*> rest;
-    for (size_t i = 0; i < open.size(); ++i) {
-      if (version(open[i]) == before[i]) rest.push_back(open[i]);
-    }
-    if (rest.size() == open.size()) return;  // inference tensors count nothing
-    bumped.append(py::handle(open[0]));
-    open.swap(rest);
-  }
-  if (open.empty()) bumped_ = std::move(bumped);
-}
-
-int64_t Plan::version(PyObject* tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("_version");
-  const py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
-  if (!value) PyErr_Clear();
-  return value ? PyLong_AsLongLong(value.ptr()) : -1;
-}
-
-// What to bump: a list that stands, or one made for this step.
-py::object Plan::to_bump() const {
-  return bumped_ ? bumped_ : py::reinterpret_steal<py::object>(written());
-}
-
 void Plan::count_step() {
   for (const int32_t r : active_) ++records_[static_cast<size_t>(r)].counter;
-}
-
-// ----- what is written, and that none of it is shared
-
-PyObject* Plan::written() const {
-  const auto columns = static_cast<size_t>(states_ + 1);
-  size_t count = 0;
-  for (const int32_t r : active_) {
-    ++count;
-    for (size_t c = 0; c < columns; ++c) count += held_[static_cast<size_t>(r) * columns + c] != nullptr;
-  }
-  PyObject* list = PyList_New(static_cast<Py_ssize_t>(count));
-  if (list == nullptr) return nullptr;
-  Py_ssize_t at = 0;
-  const auto add = [&](PyObject* object) {
-    if (object == nullptr) return;
-    Py_INCREF(object);
-    PyList_SET_ITEM(list, at++, object);
-  };
-  for (const int32_t r : active_) {
-    add(records_[static_cast<size_t>(r)].param);
-    for (size_t c = 0; c < columns; ++c) add(held_[static_cast<size_t>(r) * columns + c]);
-  }
-  return list;
-}
-
-// The bytes between the first and the last element of a role.
-Plan::Interval Plan::interval(size_t k, int64_t role) const {
-  const Row& row = tables_.rows[k];
-  const int64_t start = tables_.addresses[k * static_cast<size_t>(tables_.width()) +
-                                          static_cast<size_t>(role)];
-  const int64_t itemsize = kStorageTypes[storages_[static_cast<size_t>(active_[k])]].bits / 8;
-  if (row.layout < 0) return {start, start + row.size * itemsize};
-  const int64_t* layout = &tables_.layouts[static_cast<size_t>(row.layout)];
-  const int64_t dims = layout[Layout::kDims];
-  const int64_t* sizes = layout + Layout::kSizes;
-  const int64_t* strides = sizes + dims * (1 + role);
-  int64_t end = start + itemsize;
-  for (int64_t d = 0; d < dims; ++d) end += (sizes[d] - 1) * strides[d];
-  return {start, end};
-}
-
-// Whether no two elements of a role share memory, as far as the strides say so plainly: each
-// stride passes over everything that the smaller ones reach.
-bool Plan::plainly_injective(size_t k, int64_t role) const {
-  const Row& row = tables_.rows[k];
-  if (row.layout < 0) return true;
-  const int64_t* layout = &tables_.layouts[static_cast<size_t>(row.layout)];
-  const int64_t dims = layout[Layout::kDims];
-  const int64_t* sizes = layout + Layout::kSizes;
-  const int64_t* strides = sizes + dims * (1 + role);
-  std::vector<std::pair<int64_t, int64_t>> order;
-  for (int64_t d = 0; d < dims; ++d) order.emplace_back(strides[d], sizes[d]);
-  std::sort(order.begin(), order.end());
-  int64_t reach = kStorageTypes[storages_[static_cast<size_t>(active_[k])]].bits / 8;
-  for (const auto& [stride, size] : order) {
-    if (stride < reach) return false;
-    reach += stride * (size - 1);
-  }
-  return true;
-}
-
-Plan::Interval Plan::interval(Written written) const {
-  const auto columns = static_cast<uint32_t>(states_ + 2);
-  const size_t k = written / columns;
-  const auto column = static_cast<int64_t>(written % columns);
-  if (column <= states_) return interval(k, column == 0 ? int64_t{kParam} : kGrad + column);
-  const int64_t step = tables_.rows[k].step;
-  return {step & ~int64_t{1}, (step & ~int64_t{1}) + (step & 1 ? 8 : 4)};
-}
-
-// Sorts everything that is written; false if two intervals meet or one meets itself.
-bool Plan::written_apart() {
-  written_.clear();
-  const auto columns = static_cast<uint32_t>(states_ + 2);
-  std::vector<std::pair<Interval, Written>> sorted;
-  bool apart = true;
-  for (size_t k = 0; k < active_.size(); ++k) {
-    if (tables_.rows[k].size == 0) continue;
-    for (uint32_t column = 0; column < columns; ++column) {
-      const Written written = static_cast<uint32_t>(k) * columns + column;
-      const Interval at = interval(written);
-      if (at.start == 0) continue;  // state that is not there yet, a rule without a counter
-      if (column + 1 < columns) apart = apart && plainly_injective(k, column == 0 ? 0 : kGrad + column);
-      sorted.emplace_back(at, written);
-    }
-  }
-  std::sort(sorted.begin(), sorted.end(),
-            [](const auto& a, const auto& b) { return a.first.start < b.first.start; });
-  for (size_t i = 0; i < sorted.size(); ++i) {
-    written_.push_back(sorted[i].second);
-    apart = apart && (i == 0 || sorted[i - 1].first.end <= sorted[i].first.start);
-  }
-  return apart;
-}
-
-// Whether every gradient lies in a gap between what is written. Gradients mostly lie near the one
-// before, so the gap that was found last is tried first.
-bool Plan::grads_apart() const {
-  int64_t gap_start = INT64_MAX;
-  int64_t gap_end = INT64_MIN;
-  for (size_t k = 0; k < active_.size(); ++k) {
-    if (tables_.rows[k].size == 0) continue;
-    const Interval grad = interval(k, kGrad);
-    if (grad.start >= gap_start && grad.end <= gap_end) continue;
-    const auto next = std::upper_bound(
-        written_.begin(), written_.end(), grad.start,
-        [this](int64_t start, Written written) { return start < interval(written).start; });
-    gap_start = next == written_.begin() ? INT64_MIN : interval(next[-1]).end;
-    gap_end = next == written_.end() ? INT64_MAX : interval(*next).start;
-    if (grad.start < gap_start || grad.end > gap_end) return false;
-  }
-  return true;
-}
-
-uint64_t Plan::fingerprint() const {
-  uint64_t hash = 1;
-  for (const Row& row : tables_.rows) {
-    mix(&hash, static_cast<uint64_t>(row.size));
-    mix(&hash, static_cast<uint64_t>(row.step));
-  }
-  for (const int64_t address : tables_.addresses) mix(&hash, static_cast<uint64_t>(address));
-  for (const int64_t entry : tables_.layouts) mix(&hash, static_cast<uint64_t>(entry));
-  return hash == 0 ? 1 : hash;
-}
-
-int64_t Plan::bytes() const {
-  const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
-  return static_cast<int64_t>(sizeof(Plan)) + of(groups_) + of(records_) + of(storages_) +
-         of(held_) + of(active_) + of(grads_) + of(written_) + of(noticed_) + of(positions_) +
-         of(group_ends_) + tables_.bytes() + (kept_ ? kept_count_ * kBytesOfKept : 0) +
-         (bumped_ ? PyList_GET_SIZE(bumped_.ptr()) * int64_t{sizeof(PyObject*)} : 0);
 }
 
 }  // namespace pyupdate

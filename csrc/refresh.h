@@ -31,14 +31,21 @@ struct GroupRule {
   bool idle;  // none of its parameters is in the plan
 };
 
+// Along Storages of types.h: how DLPack says them.
+struct StorageType {
+  uint8_t code, bits;
+};
+constexpr StorageType kStorageTypes[] = {
+    {dlpack::kFloat, 64}, {dlpack::kFloat, 32}, {dlpack::kBfloat, 16}, {dlpack::kFloat, 16}};
+
 class Plan {
  public:
   struct Interface {  // what the plan needs of torch
     const dlpack::ExchangeApi* exchange;
-    PyObject* grad;               // the descriptor of Tensor.grad
-    PyObject* is_neg;             // Tensor.is_neg: a lazily negated view has the wrong bytes
-    PyObject* increment_version;  // torch.autograd.graph.increment_version
-    PyObject* tensor_list;        // makes a list of torch's own from tensors, or None
+    PyObject* grad;                    // the descriptor of Tensor.grad
+    PyObject* is_neg;                  // Tensor.is_neg: a lazily negated view has the wrong bytes
+    PyObject* increment_version;       // torch.autograd.graph.increment_version
+    PyObject* tensor_list;             // makes a list of torch's own from tensors, or None
     std::vector<PyTypeObject*> types;  // those whose memory is theirs, no dispatching subclass
   };
 
@@ -50,8 +57,8 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // `groups`: the optimizer's list of dicts; `state`: its dict; `numbers`: a group each, the sign of
-  // the gradient and then what the rule's prepare takes.
+  // `groups`: the optimizer's list of dicts; `state`: its dict; `numbers`: a group each, the sign
+  // of the gradient and then what the rule's prepare takes.
   Found refresh(const cpu::Passes& passes, PyObject* groups, PyObject* state,
                 const std::vector<std::vector<double>>& numbers);
 
@@ -119,9 +126,9 @@ class Plan {
   std::vector<int32_t> positions_;   // in its group's list; empty if every group is whole
   std::vector<Record> records_;
   std::vector<uint8_t> storages_;
-  int64_t states_;                // columns of held_: states, then the step counter
-  std::vector<PyObject*> held_;   // owned; what was found in the state at the last refresh
-  bool settled_ = false;          // whether the next two are those of the tensors that are held
+  int64_t states_;               // columns of held_: states, then the step counter
+  std::vector<PyObject*> held_;  // owned; what was found in the state at the last refresh
+  bool settled_ = false;         // whether the next two are those of the tensors that are held
   py::object kept_;
   py::object bumped_;
   int64_t kept_count_ = 0;
@@ -131,7 +138,8 @@ class Plan {
   cpu::Tables tables_;
   std::vector<Written> written_;  // sorted by address: everything that is written
   std::vector<int64_t> noticed_;
-  // Against the last refresh: which rows there are, where what is written lies, where gradients lie.
+  // Against the last refresh: which rows there are, where what is written lies, where gradients
+  // lie.
   bool rows_changed_ = true;
   bool written_moved_ = true;
   bool grads_moved_ = true;

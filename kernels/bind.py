@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bind a rule's text to a library: the same code object, with that library's primitives as globals.
 
-    step = functions_of(rule, "torch")["adamw"]     # runs on tensors
+    step = bind(rule.stages[0].function.text, "torch")     # runs on tensors
 
-A library is three functions, `divide`, `sqrt` and `where`, each rounding once (IEEE), and for Triton
-a decorator. Hypers are 0-dim tensors or scalars of the compute type: with Python floats 94 % of the
+A library is three functions, `divide`, `sqrt` and `where`, each rounding once (IEEE), and for
+Triton a decorator. Hypers are 0-dim tensors or scalars of the compute type: with Python floats 94 % of the
 fp32 products differ in torch. Libraries are imported when they are first bound, not before.
 """
 

@@ -5,7 +5,7 @@ A rule is a plain Python function of numbers. It is run as it stands (Python flo
 to numpy, torch and Triton (`bind.py`) and translated to C++ (`emit_cpp.py`). All of them must round
 every operation once and alike, so the language holds only what they all do alike:
 
-* ``+ - *``, the comparisons (as the condition of ``where``), and calls of `divide`, `sqrt`, `where`;
+* ``+ - *``, comparisons as the condition of ``where``, calls of `divide`, `sqrt` and `where`;
 * calls of other functions written in the language, such as `maximum` below;
 * ``for _ in range(N)`` with a literal N; one ``return`` at the end.
 
@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
 Text = Callable[..., Any]
 """A function written in the language."""
@@ -38,7 +38,7 @@ class RuleError(Exception):
 
 
 def divide(dividend: float, divisor: float) -> float:
-    """IEEE division, rounded once; Python raises on a zero divisor where IEEE answers inf or nan."""
+    """IEEE division; on a zero divisor Python raises where IEEE answers inf or nan."""
     if divisor != 0.0:
         return dividend / divisor
     if dividend == 0.0 or dividend != dividend or divisor != divisor:
@@ -374,7 +374,7 @@ class _Check:
         self.expression(node.left)
         self.expression(node.comparators[0])
 
-    def refuse(self, node: ast.AST | None, message: str, place: ast.AST | None = None) -> Any:
+    def refuse(self, node: ast.AST | None, message: str, place: ast.AST | None = None) -> NoReturn:
         where_ = place if place is not None else node if node is not None else self.tree
         for kind, mend in _MENDS.items():
             if isinstance(node, kind):

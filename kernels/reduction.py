@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one reduction order (csrc/reduce.h) on whole arrays, for numpy and torch alike.
 
-Element i of a chunk goes to lane i mod 2,048; a lane adds its elements in the compute type, in order;
-lanes, then the chunks of a row, then rows are added in fp64 by a halving tree over the next power of
-two. Only slices, sums and shapes are used, so one text serves arrays and tensors.
+Element i of a chunk goes to lane i mod 2,048; a lane adds its elements in the compute type, in
+order; lanes, then the chunks of a row, then rows are added in fp64 by a halving tree over the next
+power of two. Only slices, sums and shapes are used, so one text serves arrays and tensors.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """Every update rule, once. What runs on any device, in any library, comes from this text.
 
 A rule gets the gradient after it was multiplied (unscale x clip x sign of `maximize`), the state of
-one element and the hypers that its `prepare` made in fp64. Compute type: fp64 for fp64 storage, fp32
-for the others; every operation is rounded once. `language.py` says what may be written here.
+one element and the hypers that its `prepare` made in fp64. Compute type: fp64 for fp64 storage,
+fp32 for the others; every operation is rounded once. `language.py` says what may be written here.
 
 Where torch leaves out a term whose factor is zero (weight decay), so does the rule: an infinite
 parameter must not make a nan of 0 * inf.
@@ -14,8 +14,8 @@ from __future__ import annotations
 from .language import divide, maximum, minimum, rule, sqrt, where
 from .scalar import integer_power
 
-# ----- SGD with momentum: Sutskever et al. 2013, "On the importance of initialization and momentum";
-#       dampening and the first step (the buffer becomes the gradient) as in torch.optim.SGD.
+# ----- SGD with momentum: Sutskever et al. 2013, "On the importance of initialization and
+#       momentum"; dampening and the first step (the buffer becomes the gradient) as in torch.optim.SGD.
 #         g <- g + wd p      b <- mu b + (1 - tau) g      p <- p - lr (g + mu b, or b)
 
 
@@ -217,8 +217,7 @@ def adamw_amsgrad(
 
 
 RULES = {
-    entry.name: entry
-    for entry in (sgd, sgd_momentum, adam, adam_amsgrad, adamw, adamw_amsgrad)
+    entry.name: entry for entry in (sgd, sgd_momentum, adam, adam_amsgrad, adamw, adamw_amsgrad)
 }
 """Every rule by name, in the order in which the compiled modules list them."""
 
@@ -239,7 +238,7 @@ def nonfinite(grad: float) -> float:
 def multiplier(norm: float, unscale: float, max_norm: float) -> float:
     """unscale x clip of torch.nn.utils.clip_grad_norm_, in fp64; no clip where max_norm < 0.
 
-    `norm` is that of the unscaled gradients. As in torch an infinite norm gives 0 and a nan norm nan.
+    `norm` is that of the unscaled gradients. As in torch, an infinite norm gives 0, a nan norm nan.
     1e-6, torch's guard against a zero norm, is not exact in binary and is said as 1 / 1000000.
     """
     clip = minimum(divide(max_norm, norm + divide(1.0, 1000000.0)), 1.0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The protocol of ``torch.amp.GradScaler``, without its extra pass over the gradients.
 
-A step that knows its scaler reads the scale, looks for inf and nan in its own reduce pass, and tells
-the scaler what it found in the place where ``scaler.update()`` reads it.
+A step that knows its scaler reads the scale, looks for inf and nan in its own reduce pass, and
+tells the scaler what it found in the place where ``scaler.update()`` reads it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
     return Scaling(unscale=_reciprocal(scale), check=True)
 
 
-def tell(
-    scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: LastUpdate
-) -> None:
+def tell(scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: LastUpdate) -> None:
     """Record a step for ``scaler.update()``."""
     if scaler is None or not scaler.is_enabled():
         return

@@ -66,7 +66,7 @@ class Planned(Optimizer):
     _step_supports_amp_scaling = True
     pyupdate_options: Options
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -90,7 +90,7 @@ class Planned(Optimizer):
             return _stock_step(self)(self, closure)
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
 
-    step = Optimizer.profile_hook_step(step)  # type: ignore[assignment]
+    step = Optimizer.profile_hook_step(step)
     step.hooked = True  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,10 +214,12 @@ def accelerate(optimizer: _O, *, max_norm: float | None = None) -> _O:
             names = ", ".join(f"torch.optim.{kind.__name__}" for kind in _DROP_INS)
             found = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             replaced = " whose step was replaced" if drop_in is not None else ""
-            message = f"cannot accelerate {found}{replaced}; accepted are {names} as torch made them"
+            message = (
+                f"cannot accelerate {found}{replaced}; accepted are {names} as torch made them"
+            )
             raise TypeError(message)
         scheduled = optimizer.__dict__.pop("step", None)
-        optimizer.__class__ = drop_in
+        optimizer.__class__ = drop_in  # type: ignore[assignment]
         if scheduled is not None:
             _watch_for_scheduler(optimizer)
     optimizer.__dict__["pyupdate_options"] = options

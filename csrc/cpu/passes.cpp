@@ -76,9 +76,12 @@ constexpr StorageInfo storage_info() {
   using T = typename S::Compute;
   constexpr int64_t param = sizeof(typename S::Param), grad = sizeof(typename S::Grad);
   constexpr int64_t state = sizeof(typename S::State);
-  return {name_of(typename S::Param{}), {param, grad, state, state, state, state},
-          int64_t{sizeof(T)},           clear<T>,
-          sum<T>,                       kernel<squared_stage, S>(),
+  return {name_of(typename S::Param{}),
+          {param, grad, state, state, state, state},
+          int64_t{sizeof(T)},
+          clear<T>,
+          sum<T>,
+          kernel<squared_stage, S>(),
           kernel<nonfinite_stage, S>()};
 }
 
@@ -101,8 +104,8 @@ template <class Rule, class... Stage>
 constexpr RuleInfo rule_info(List<Stage...>) {
   static_assert(Rule::kStates <= kMaxStates && Rule::kSums <= kMaxSums);
   static_assert(sizeof...(Stage) <= kMaxStages);
-  RuleInfo info{Rule::kName,   Rule::kStates,    Rule::kNumbers, Rule::kHypers,
-                Rule::kSums,   sizeof...(Stage), Rule::prepare,  {}};
+  RuleInfo info{Rule::kName, Rule::kStates,    Rule::kNumbers, Rule::kHypers,
+                Rule::kSums, sizeof...(Stage), Rule::prepare,  {}};
   int stage = 0;
   (add_stage<Stage>(info, stage++, Storages{}), ...);
   return info;
@@ -126,12 +129,8 @@ double multiplier_of(double norm, double unscale, double max_norm) {
 }  // namespace
 
 extern const cpu::Passes passes;
-const cpu::Passes passes = {PYUPDATE_STRING(PYUPDATE_ISA),
-                            Rules::size,
-                            rule_table(Rules{}),
-                            storage_table(Storages{}),
-                            tree,
-                            multiplier_of};
+const cpu::Passes passes = {PYUPDATE_STRING(PYUPDATE_ISA), Rules::size, rule_table(Rules{}),
+                            storage_table(Storages{}),     tree,        multiplier_of};
 
 }  // namespace PYUPDATE_ISA
 }  // namespace pyupdate

@@ -230,7 +230,8 @@ class Region {
   void add_chunks(int index, int stride) {
     for (size_t r = 0; r < tables_.rows.size(); ++r) {
       const Row& row = tables_.rows[r];
-      double* chunks = &tables_.chunk_sums_[static_cast<size_t>(index * tables_.chunks() + row.chunk)];
+      double* chunks =
+          &tables_.chunk_sums_[static_cast<size_t>(index * tables_.chunks() + row.chunk)];
       tables_.row_sums_[r * static_cast<size_t>(stride) + static_cast<size_t>(index)] =
           passes_.halving_tree(chunks, chunks_of(row.size));
     }
@@ -317,8 +318,8 @@ class Region {
       storage.clear(workspace.lanes + k * kLanes * storage.compute_size, lanes);
     }
     if (row.layout >= 0) {
-      run_strided(kernel, storage, block, address, &tables_.layouts[static_cast<size_t>(row.layout)],
-                  workspace);
+      run_strided(kernel, storage, block, address,
+                  &tables_.layouts[static_cast<size_t>(row.layout)], workspace);
       return;
     }
     for (int64_t role = 0; role < tables_.width_; ++role) {

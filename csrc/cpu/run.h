@@ -44,11 +44,11 @@ class Tables {
 };
 
 struct Request {
-  bool reduce = false;        // take the norm and look for inf and nan
+  bool reduce = false;          // take the norm and look for inf and nan
   bool skip_nonfinite = false;  // write nothing if there are any
   bool apply = true;
   double unscale = 1.0;
-  double max_norm = -1.0;  // no clip below zero
+  double max_norm = -1.0;   // no clip below zero
   double multiplier = 1.0;  // used as it is if `reduce` is off
   int threads = 1;
   // Called by the calling thread once it is certain that something will be written, while the

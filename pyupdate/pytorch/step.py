@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ class Engine:
     rules: dict[str, GroupRule] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     last: LastUpdate | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _engines: WeakKeyDictionary[Optimizer, Engine] = WeakKeyDictionary()
@@ -67,6 +69,8 @@ def has_rule(optimizer: object) -> bool:
         return True
     if type(optimizer) not in ROWS:
         return False
+    if any(group.get("differentiable", False) for group in optimizer.param_groups):
+        return False  # torch's own step is differentiable, ours is not
     own = optimizer.__dict__.get("step")
     return own is None or hasattr(own, "_wrapped_by_lr_sched")
 
@@ -119,7 +123,13 @@ def _planned_step(
             loss = closure()
     engine = engine_of(optimizer)
     scaling = amp.scaling_of(grad_scaler, optimizer)
-    engine.last = _step_once(optimizer, engine, scaling, only)
+    if not engine.lock.acquire(blocking=False):
+        message = "this optimizer is being stepped by another thread"
+        raise RuntimeError(message)
+    try:
+        engine.last = _step_once(optimizer, engine, scaling, only)
+    finally:
+        engine.lock.release()
     amp.tell(grad_scaler, optimizer, engine.last)
     if "step" in optimizer.__dict__:  # an lr_scheduler watches whether steps are made
         optimizer._opt_called = True  # type: ignore[attr-defined]

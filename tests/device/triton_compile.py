@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile AdamW's rule text in a Triton kernel for sm_80, 90 and 100, with no GPU, and read the PTX.
+"""Compile AdamW's rule text in a Triton kernel for three GPUs, with none at hand; read the PTX.
 
 Run by ``make check-device``. Fails if a fused multiply-add or an approximate operation is in it.
 """
