@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyupdate import amp
-
 from . import apply, gradients
 
 Deferred = MutableMapping[str, list[Callable[[], None]]]
@@ -57,18 +55,14 @@ class DeferredUpdate:
             RuntimeError: the scaler's own. After any failure the update still waits.
         """
         model = self.model
-        if model not in _pending:
-            return
-        name = name_of(model)
         params = gradients.trainable(model)
         if not is_pending(model, params):
             return
+        name = name_of(model)
         waiting = _pending[model]
         scaler = None if waiting is None else waiting.scaler
         check_scale(model, name, scaler)
         optimizer = apply.optimizer_of(model, name)
-        if scaler is not None:
-            amp.check_can_step(scaler, optimizer)
         apply.check_holds(name, optimizer, params)
         apply.apply(model, optimizer, params, scaler, restore=True)
         gradients.drop(params)

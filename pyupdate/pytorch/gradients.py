@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,21 +60,40 @@ def _walk(
             _walk(children.values(), found, seen)
 
 
-def set_aside(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Take every `.grad` away, and return them for `put_back` and `add`."""
+@dataclass(frozen=True)
+class Aside:
+    """The gradients that were there before a backward pass.
+
+    Attributes:
+        grads: the tensors themselves, which go back if anything fails.
+        values: what they held: copies of those that are views of a buffer, which the backward pass
+            may fill anew (``DistributedDataParallel(gradient_as_bucket_view=True)`` does, tried on
+            torch 2.13), else the tensors themselves.
+    """
+
+    grads: Sequence[Tensor | None]
+    values: Sequence[Tensor | None]
+
+
+def set_aside(params: Sequence[Tensor]) -> Aside:
+    """Take every `.grad` away, for `put_back` and `add`."""
     grads = [param.grad for param in params]
-    if not _all_none(grads):
-        drop(params)
-    return grads
+    if _all_none(grads):
+        return Aside(grads, grads)
+    drop(params)
+    return Aside(grads, [g.clone() if g is not None and g._is_view() else g for g in grads])
 
 
 def _all_none(values: Iterable[object]) -> bool:
     return all(map(operator.is_, values, itertools.repeat(None)))
 
 
-def put_back(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def put_back(params: Sequence[Tensor], aside: Aside) -> None:
     """Undo `set_aside`, whatever happened in between."""
-    for param, grad in zip(params, grads, strict=True):
+    for param, grad, value in zip(params, aside.grads, aside.values, strict=True):
+        if grad is not None and value is not None and grad is not value:
+            with torch.no_grad():
+                grad.copy_(value)
         param.grad = grad
 
 
@@ -123,7 +143,7 @@ def backward(
         raise RuntimeError(message) from error
 
 
-def add(name: str, params: Sequence[Tensor], before: Sequence[Tensor | None]) -> list[int]:
+def add(name: str, params: Sequence[Tensor], aside: Aside) -> list[int]:
     """Add what was set aside to what the backward pass left, into new tensors.
 
     Returns:
@@ -137,10 +157,10 @@ def add(name: str, params: Sequence[Tensor], before: Sequence[Tensor | None]) ->
     if len(unreached) == len(params):
         message = f"the loss given to update '{name}' reaches none of its parameters: {_CAUSES}"
         raise ValueError(message)
-    if _all_none(before):
+    if _all_none(aside.values):
         return unreached
     both: list[tuple[Tensor, Tensor, Tensor]] = []
-    for param, old, new in zip(params, before, after, strict=True):
+    for param, old, new in zip(params, aside.values, after, strict=True):
         if old is None:
             continue
         if new is None:

@@ -42,16 +42,16 @@ def update(
         if scaler is not None:
             amp.check_can_step(scaler, optimizer)
 
-    before = gradients.set_aside(params)
+    aside = gradients.set_aside(params)
     try:
         gradients.backward(name, loss, params, scaler, retain_graph)
-        unreached = gradients.add(name, params, before)
+        unreached = gradients.add(name, params, aside)
         if unreached:
             reentrant.check_unreached(model, name, loss, params, unreached)
         if not defer:
             apply.apply(model, optimizer, params, scaler, restore=False)
     except BaseException:
-        gradients.put_back(params, before)
+        gradients.put_back(params, aside)
         raise
     if defer:
         assert deferred is not None  # check_deferred

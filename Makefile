@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does its own set-up: a machine needs python3 >= 3.11 with pip and venv, and, for the fast back end, a
+# C++ compiler. Everything is installed in .venv, at the versions of constraints.txt.
+#   make demo     train a small network on handwritten digits through update_model
+#   make test     the tests, without those of minutes (make slow)
+#   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
+#   make bench    the benchmarks
+#   make venv     only the virtual environment, to install another build of torch in it first
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST ?=
+bin := $(VENV)/bin
+# A stamp is newer than what it was made of, or it is made again.
+venv := $(VENV)/.stamp-venv
+tools := $(VENV)/.stamp-tools
+installed := $(VENV)/.stamp-installed
+pip := $(bin)/python -m pip --disable-pip-version-check
+compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
+	$(wildcard kernels/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: install venv demo test slow lint format bench check-aarch64 check-device clean
+.DELETE_ON_ERROR:
+
+install: $(installed)
+
+venv: $(venv)
+
+$(venv):
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "pyupdate needs Python 3.11 or newer; choose one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The requirements of pyproject.toml's extra "dev", read from it: the editable install below then needs no network.
+$(tools): $(venv) constraints.txt pyproject.toml
+	$(pip) install -q -c constraints.txt setuptools cmake ninja pybind11
+	PYUPDATE_PURE_PYTHON=1 PYUPDATE_REQUIRE_COMPILED= $(pip) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# Editable, the compiled module beside the sources. pip hides what a build says, so what it recorded is shown. Without the
+# module the stamp is not made: the next make tries again.
+$(installed): $(tools) $(compiled_from)
+	$(pip) install -q --no-deps --no-build-isolation -e .
+	@$(bin)/python -c 'import json; r = json.load(open("pyupdate/_build_info.json")); \
+	  print("pyupdate: compiled by", r["compiler"]) if r["compiled"] else \
+	  print("pyupdate: NOT COMPILED, so updates run in pure Python. Why:", r["reason"])'
+	@if grep -q '"compiled": true' pyupdate/_build_info.json; then touch $@; fi
+
+demo: $(installed)
+	$(bin)/python examples/digits.py
+
+test: $(installed)
+	$(bin)/python -m pytest -m 'not slow' $(PYTEST)
+
+slow: $(installed)
+	$(bin)/python -m pytest -m slow $(PYTEST)
+
+bench: $(installed)
+	$(bin)/python -m pytest benchmarks --benchmark-only $(PYTEST)
+
+lint: $(installed)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run -Werror $(cpp)
+	$(bin)/mypy --strict pyupdate kernels
+
+format: $(installed)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(cpp)
+
+# The whole module for a 64-bit ARM processor, by Debian's g++-aarch64-linux-gnu. Python's headers are the host's: the two
+# have the same type sizes. Debian's Python looks for its pyconfig.h by the target's name, so that leads to the host's too.
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+check-aarch64: $(installed)
+	@command -v $(AARCH64_CXX) >/dev/null || { echo "check-aarch64: no $(AARCH64_CXX); on Debian: apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
+	@rm -rf build/aarch64 && mkdir -p build/aarch64/headers
+	@ln -s /usr/include/$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_config_var("MULTIARCH"))') build/aarch64/headers/aarch64-linux-gnu
+	$(bin)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) -DPython_EXECUTABLE=$(abspath $(bin)/python) \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) \
+	  -DCMAKE_CXX_FLAGS="-isystem $(abspath build/aarch64/headers)" -DPYUPDATE_WERROR=ON
+	$(bin)/cmake --build build/aarch64
+
+# What later work on GPUs stands on, as far as it can be held without one: element.h and reduce.h with AdamW become PTX,
+# by nvcc and by Triton, in which no operation breaks the numeric contract. A skip is printed with its reason.
+NVCC ?= nvcc
+TRITON ?= triton==3.9.0
+check-device: $(installed)
+	@mkdir -p build/device
+	$(bin)/python -m pyupdate.kernels.emit_cpp --output build/device/rules_generated.h
+	@if command -v $(NVCC) >/dev/null; then set -ex; \
+	  $(NVCC) -ptx -std=c++20 -arch=sm_80 -fmad=false -Werror all-warnings -Icsrc -Ibuild/device tests/device/adamw_ptx.cu -o build/device/adamw.ptx; \
+	  grep -c '^.visible .entry' build/device/adamw.ptx; \
+	  ! grep -nE '\b(fma|mad)\.(rn\.)?f|\.approx|\.ftz|div\.full' build/device/adamw.ptx; \
+	else echo "check-device: SKIPPED nvcc -ptx: no $(NVCC) on PATH"; fi
+	@if $(bin)/python -c 'import triton' 2>/dev/null || $(pip) install -q '$(TRITON)'; \
+	then set -ex; $(bin)/python tests/device/triton_compile.py; \
+	else echo "check-device: SKIPPED the Triton compile: triton is not installed, and pip could not install $(TRITON)"; fi
+
+clean:
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f pyupdate/_C*.so pyupdate/_build_info.json $(installed)
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

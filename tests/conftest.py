@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What many tests share: the back ends, the instruction sets and the threads that this machine has."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import pyupdate
+from pyupdate.backends import available
+
+REASONS = dict(available())
+"""Why each back end cannot run here; None if it can."""
+
+ISAS = ("v2", "v3", "v4") if platform.machine() in ("x86_64", "AMD64") else ("plain",)
+"""The builds of csrc/cpu/passes.cpp."""
+
+
+def _backends() -> list[Any]:
+    skip = pytest.mark.skip
+    return [
+        pytest.param(name, marks=[skip(reason=f"{name}: {reason}")] if reason else [])
+        for name, reason in REASONS.items()
+    ]
+
+
+@pytest.fixture(params=_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every back end in turn, in force during the test; skipped with the reason."""
+    with pyupdate.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Any:
+    """The compiled module; the test is skipped with the reason where there is none."""
+    if REASONS["cpu"] is not None:
+        pytest.skip(f"cpu: {REASONS['cpu']}")
+    from pyupdate import _C
+
+    return _C
+
+
+@pytest.fixture
+def isas(compiled: Any) -> Iterator[list[str]]:
+    """The instruction sets that this machine can run; the one in force is restored."""
+    before = compiled.isa()
+    yield compiled.isas()
+    compiled.use_isa(before)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, compiled: Any) -> Iterator[str]:
+    """One instruction set, in force during the test: parametrise it indirectly with `ISAS`."""
+    if request.param not in compiled.isas():
+        pytest.skip(f"this machine cannot run {request.param}: {compiled.isas()}")
+    before = compiled.isa()
+    compiled.use_isa(request.param)
+    yield request.param
+    compiled.use_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[tuple[int, ...]]:
+    """Thread counts to try with torch.set_num_threads; the one in force is restored."""
+    before = torch.get_num_threads()
+    yield (1, 2, 3, 7)
+    torch.set_num_threads(before)
