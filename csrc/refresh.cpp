@@ -345,7 +345,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   grads_.reserve(records_.size());
   grads_owned_ = true;
 
-  std::vector<PyObject*> lists;
+  std::vector<py::object> lists;  // owned: an allocation may run a finalizer, which may do anything
   static PyObject* const params_key = PyUnicode_InternFromString("params");
   if (PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return Found::kStale;
   if (numbers.size() != groups_.size()) return Found::kStale;
@@ -357,14 +357,19 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     PyObject* group = PyList_GET_ITEM(groups, g);
     PyObject* list = PyDict_Check(group) ? PyDict_GetItem(group, params_key) : nullptr;
     if (list == nullptr || !PyList_Check(list)) return Found::kStale;
-    lists.push_back(list);
+    lists.push_back(py::reinterpret_borrow<py::object>(list));
   }
 
   // The state's order is mostly that of the rows, so it is walked beside them instead of hashed.
   Py_ssize_t walk = 0;
-  PyObject* key = nullptr;
-  PyObject* value = nullptr;
-  bool more = PyDict_Next(state, &walk, &key, &value);
+  py::object key, value;
+  const auto walk_on = [&] {
+    PyObject *next_key = nullptr, *next_value = nullptr;
+    PyDict_Next(state, &walk, &next_key, &next_value);
+    key = py::reinterpret_borrow<py::object>(next_key);
+    value = py::reinterpret_borrow<py::object>(next_value);
+  };
+  walk_on();
   size_t k = 0;
   size_t g = 0;
   for (size_t r = 0; r < records_.size(); ++r) {
@@ -373,19 +378,19 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     const int32_t start = g == 0 ? 0 : group_ends_[g - 1];
     const Py_ssize_t position =
         positions_.empty() ? static_cast<Py_ssize_t>(r) - start : positions_[r];
-    if (position >= PyList_GET_SIZE(lists[g]) ||
-        PyList_GET_ITEM(lists[g], position) != record.param) {
+    if (position >= PyList_GET_SIZE(lists[g].ptr()) ||
+        PyList_GET_ITEM(lists[g].ptr(), position) != record.param) {
       return Found::kStale;
     }
-    PyObject* inner = nullptr;
-    if (more && key == record.param) {
-      inner = value;
-      more = PyDict_Next(state, &walk, &key, &value);
+    py::object inner;
+    if (key.ptr() == record.param) {
+      inner = std::move(value);
+      walk_on();
     } else {
-      inner = PyDict_GetItemWithError(state, record.param);
-      if (inner == nullptr && PyErr_Occurred()) PyErr_Clear();
+      inner = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(state, record.param));
+      if (!inner) PyErr_Clear();
     }
-    if (inner != nullptr && !PyDict_Check(inner)) inner = nullptr;
+    if (inner && !PyDict_Check(inner.ptr())) inner = py::object();
     PyObject* grad = gradient(record.param);
     if (grad == Py_None) {
       Py_DECREF(grad);
@@ -394,7 +399,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     bool fresh = false;
     if (grad != nullptr) grads_.push_back(grad);
     const bool known = k < grads_before.size() && grads_before[k] == grad;
-    if (grad == nullptr || !read_row(passes, r, g, known, inner, k, &fresh)) {
+    if (grad == nullptr || !read_row(passes, r, g, known, inner.ptr(), k, &fresh)) {
       PyErr_Clear();
       noticed_.assign(1, static_cast<int64_t>(r));
       return Found::kSuspect;

@@ -38,7 +38,22 @@ void run(const Block& block) {
     }
   } else {
     T* lanes = static_cast<T*>(block.lanes);
-    for (int64_t start = 0; start < block.count; start += kLanes) {
+    int64_t start = 0;
+    if (block.count == kChunk) {  // all turns of a lane at once: eight streams instead of one
+#pragma GCC ivdep
+      for (int64_t i = 0; i < kLanes; ++i) {
+        T total[Stage::kSums];
+        for (int k = 0; k < Stage::kSums; ++k) total[k] = lanes[k * kLanes + i];
+#pragma GCC unroll 8
+        for (int64_t turn = 0; turn < kChunk / kLanes; ++turn) {
+          element<Stage, Storage>(at, turn * kLanes + i, multiplier, hyper, sum_in, sum_out, place);
+          for (int k = 0; k < Stage::kSums; ++k) total[k] += sum_out[k];
+        }
+        for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] = total[k];
+      }
+      start = kChunk;
+    }
+    for (; start < block.count; start += kLanes) {
       const int64_t n = block.count - start < kLanes ? block.count - start : kLanes;
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
