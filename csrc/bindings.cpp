@@ -260,6 +260,21 @@ void apply(Plan& plan, const py::list& groups, const py::dict& state, const Numb
   run(plan, request);
 }
 
+// Lets Python's garbage collector see through a plan to the parameters.
+void collectable(PyHeapTypeObject* heap) {
+  PyTypeObject& type = heap->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
 std::vector<std::string> names_of_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < builds().count; ++i) names.emplace_back(builds().passes[i]->isa);
@@ -299,7 +314,7 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .value("SUSPECT", Found::kSuspect)
       .value("OVERLAP", Found::kOverlap);
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
            py::arg("increment_version"), py::arg("tensor_list"), py::arg("groups"),
            py::arg("params"), py::arg("storages"), py::arg("group_of"), py::arg("positions"))

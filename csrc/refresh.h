@@ -76,6 +76,8 @@ class Plan {
   void settle();
   py::object to_bump() const;
   int64_t bytes() const;
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
 
   bool busy = false;  // a step is running: a second one would tear it
 

@@ -10,6 +10,7 @@ fp32 products differ in torch. Libraries are imported when they are first bound,
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import FunctionType
@@ -94,6 +95,9 @@ def bind(text: Text, library: str) -> Callable[..., Any]:
     bound |= {call.name: bind(call.text, library) for call in function.calls}
     assert set(text.__code__.co_names) <= {*bound, *PRIMITIVES, "range"}
     bound["__name__"] = f"{text.__module__} bound to {library}"
+    # An operator may import (torch's first comparison of a tensor with a number does), and an import
+    # looks here for __import__: without it the first step of a process raises a KeyError.
+    bound["__builtins__"] = builtins
     made = FunctionType(text.__code__, bound, text.__name__)
     if library != "triton":
         return made

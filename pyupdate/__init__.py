@@ -14,10 +14,11 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from .build import build  # not lazily: the module of that name would take the function's place
+
 if TYPE_CHECKING:
     from . import optim
     from .backends import use_backend
-    from .build import build
     from .optim import accelerate
     from .update import last_update, update_model
 
@@ -34,7 +35,6 @@ __all__ = [
 
 _HOMES = {
     "accelerate": ".optim",
-    "build": ".build",
     "last_update": ".update",
     "update_model": ".update",
     "use_backend": ".backends",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored bits: between torch and numpy, compared exactly, and the numpy oracle over several steps."""
+"""Stored bits: between torch and numpy, compared exactly; and the numpy oracle step by step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of rules under test: the tests of a new optimizer are a row of CASES and one of HANDS."""
+"""The table of rules under test: a new optimizer is tested by a row of CASES and one of HANDS."""
 
 from __future__ import annotations
 

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What many tests share: the back ends, the instruction sets and the threads that this machine has."""
+"""What many tests share: back ends, instruction sets and threads of this machine."""
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from typing import Any
+
+# Read when torch loads OpenMP: threads that wait give the core away. Two that spin on two cores
+# that others use too made a step of 1 ms take 22.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -307,6 +307,9 @@ def test_a_drain_that_raises_leaves_everything_pending(case: Case, with_scaler):
     attached, model.current_optimizer = model.current_optimizer, None
     with pytest.raises(ValueError, match=r"'net'.*attach"):
         drain(deferred)
+    model.current_optimizer = case.make([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match=r"'net'.*none of its trainable parameters"):
+        drain(deferred)
     model.current_optimizer = attached
     assert_untouched(before, model)
     drain(deferred)

@@ -75,6 +75,7 @@ class Aside:
     values: Sequence[Tensor | None]
 
 
+@torch.no_grad()
 def set_aside(params: Sequence[Tensor]) -> Aside:
     """Take every `.grad` away, for `put_back` and `add`."""
     grads = [param.grad for param in params]
@@ -88,12 +89,12 @@ def _all_none(values: Iterable[object]) -> bool:
     return all(map(operator.is_, values, itertools.repeat(None)))
 
 
+@torch.no_grad()
 def put_back(params: Sequence[Tensor], aside: Aside) -> None:
     """Undo `set_aside`, whatever happened in between."""
     for param, grad, value in zip(params, aside.grads, aside.values, strict=True):
         if grad is not None and value is not None and grad is not value:
-            with torch.no_grad():
-                grad.copy_(value)
+            grad.copy_(value)
         param.grad = grad
 
 
@@ -143,6 +144,7 @@ def backward(
         raise RuntimeError(message) from error
 
 
+@torch.no_grad()
 def add(name: str, params: Sequence[Tensor], aside: Aside) -> list[int]:
     """Add what was set aside to what the backward pass left, into new tensors.
 

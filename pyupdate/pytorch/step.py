@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -24,6 +23,7 @@ Closure = Callable[[], Any]
 ROWS: dict[type[Optimizer], OptimizerRow] = {}
 """Torch's optimizer classes that have rules; `pyupdate.optim` fills it."""
 
+_ENGINE = "_pyupdate_engine"
 _PLANS_KEPT = 8  # subsets of one optimizer's parameters: one a model that shares it
 
 
@@ -38,14 +38,14 @@ class Engine:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-_engines: WeakKeyDictionary[Optimizer, Engine] = WeakKeyDictionary()
-
-
 def engine_of(optimizer: Optimizer) -> Engine:
     """The engine of an optimizer, made when first asked for."""
-    engine = _engines.get(optimizer)
+    # In the object's own dict, so that a cycle model -> optimizer -> plan -> parameter -> hook ->
+    # model can be collected; torch leaves it out of copies and pickles.
+    engine = optimizer.__dict__.get(_ENGINE)
     if engine is None:
-        engine = _engines[optimizer] = Engine()
+        engine = optimizer.__dict__[_ENGINE] = Engine()
+    assert isinstance(engine, Engine)
     return engine
 
 
@@ -94,8 +94,7 @@ def has_names(optimizer: Optimizer) -> bool:
 
 def last_step(optimizer: Optimizer) -> LastUpdate | None:
     """What the last planned step of an optimizer did, None before the first."""
-    engine = _engines.get(optimizer)
-    return None if engine is None else engine.last
+    return engine_of(optimizer).last
 
 
 def options_of(optimizer: Optimizer) -> Options:

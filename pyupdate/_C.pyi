@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What csrc/bindings.cpp offers, and every module that is built from another rules file."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+_Groups = list[dict[str, Any]]
+_State = dict[torch.Tensor, dict[str, Any]]
+_Numbers = Sequence[Sequence[float]]
+
+class Found:
+    """What a refresh of a plan found."""
+
+    READY: ClassVar[Found]
+    FRESH: ClassVar[Found]
+    STALE: ClassVar[Found]
+    SUSPECT: ClassVar[Found]
+    OVERLAP: ClassVar[Found]
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Plan:
+    """The rows of an optimizer that this module steps; every method re-reads every tensor."""
+
+    def __init__(
+        self,
+        *,
+        tensor_type: type[torch.Tensor],
+        types: list[type],
+        increment_version: Callable[[Any], None],
+        tensor_list: Any,
+        groups: Sequence[tuple[str, Sequence[str], bool]],
+        params: list[torch.Tensor],
+        storages: Sequence[str],
+        group_of: Sequence[int],
+        positions: Sequence[int],
+    ) -> None:
+        """Make a plan.
+
+        Args:
+            tensor_type: ``torch.Tensor``, whose DLPack exchange API is used.
+            types: the tensor types that are their own memory.
+            increment_version: torch's.
+            tensor_list: torch's list type for tensors, or None.
+            groups: rule, state keys, and whether torch counts its steps.
+            params: the parameters, in the order of the groups.
+            storages: the name of each one's dtype.
+            group_of: the index of each one's group.
+            positions: the place of each one in its group.
+        """
+
+    def step(
+        self,
+        groups: _Groups,
+        state: _State,
+        numbers: _Numbers,
+        reduce: bool,
+        skip_nonfinite: bool,
+        unscale: float,
+        max_norm: float,
+        threads: int,
+    ) -> tuple[Found, list[int], float, bool, bool, float]:
+        """A whole step; (found, rows noticed, norm, non-finite, skipped, multiplier)."""
+
+    def check(self, groups: _Groups, state: _State, numbers: _Numbers) -> tuple[Found, list[int]]:
+        """The refresh alone; what it found and the rows it noticed."""
+
+    def reduce(
+        self, groups: _Groups, state: _State, numbers: _Numbers, unscale: float, threads: int
+    ) -> tuple[bool, list[int], list[float]]:
+        """The reduce pass; whether an inf or nan was found, the rows and their sums of squares."""
+
+    def apply(
+        self, groups: _Groups, state: _State, numbers: _Numbers, multiplier: float, threads: int
+    ) -> None:
+        """The apply pass with a given multiplier."""
+
+    def vouch(self) -> None:
+        """The memory as last refreshed shares nothing."""
+
+    def active(self) -> list[int]:
+        """The rows that had a gradient at the last refresh."""
+
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+
+    def chunks(self) -> int:
+        """Chunks of the active rows."""
+
+def isa() -> str:
+    """The instruction set in force."""
+
+def isas() -> list[str]:
+    """The instruction sets that are built and that this processor can run, lowest first."""
+
+def use_isa(name: str) -> None:
+    """Put another one in force; ValueError where it is not built or cannot run."""
+
+def rules() -> list[str]:
+    """The rules that are compiled in."""
+
+def build_info() -> dict[str, str]:
+    """The compiler and flags of the build, and what runs its threads."""

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m pyupdate``: what can run here, what cannot and why; ``--json``, ``--selftest``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from . import info
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the doctor.
+
+    Args:
+        arguments: the command line after the program's name; None for this process's.
+
+    Returns:
+        The exit status: 1 where the self-test failed or could test nothing, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pyupdate", description="Shows what pyupdate can run here, and why not."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="run one step per back end and rule against the numpy oracles; exit 1 on a failure",
+    )
+    chosen = parser.parse_args(arguments)
+
+    report = info.report()
+    passed = True
+    if not chosen.json:
+        sys.stdout.write(info.as_text(report))
+    if chosen.selftest:
+        passed = _selftest(report, quiet=chosen.json)
+    if chosen.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    return 0 if passed else 1
+
+
+def _selftest(report: dict[str, object], *, quiet: bool) -> bool:
+    """Whether every line of the self-test passed; the lines go to stdout, or into the report."""
+    try:
+        from . import selftest
+    except Exception as error:  # the doctor's answer, not its end
+        message = f"the self-test cannot run: {type(error).__name__}: {error}"
+        report["selftest"] = {"passed": False, "error": message}
+        if not quiet:
+            sys.stdout.write(f"\nself-test: FAILED: {message}\n")
+        return False
+    if not quiet:
+        sys.stdout.write(f"\n{selftest.PROMISE}\n")
+    results = []
+    for result in selftest.run():
+        results.append(result)
+        if not quiet:
+            sys.stdout.write(f"  {result.line()}\n")
+            sys.stdout.flush()
+    ran = [result for result in results if result.passed is not None]
+    failed = [result for result in ran if not result.passed]
+    passed = bool(ran) and not failed and report["backend"] is not None
+    if not quiet:
+        verdict = "passed" if passed else "FAILED"
+        sys.stdout.write(
+            f"self-test: {verdict}: {len(ran) - len(failed)} of {len(ran)} are right\n"
+        )
+    report["selftest"] = {"passed": passed, "results": [result.as_dict() for result in results]}
+    return passed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

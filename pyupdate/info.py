@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor's questions: what is installed, what can run here, what cannot and why.
+
+Every probe is guarded, and only the standard library is imported here: a broken install is what the
+doctor is for. Torch and the compiled module are first imported in a child process, so that one
+which kills its process (a truncated file, an illegal instruction) is reported like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "triton", "tensorflow", "keras", "pybind11")
+"""Shown with their versions, which are read without importing them."""
+FRAGILE = ("torch", "pyupdate._C")
+"""Imported in a child process first."""
+TRY_THEM = """
+import sys
+for name in sys.argv[1:]:
+    print(name, flush=True)
+    try:
+        __import__(name)
+    except BaseException:
+        pass
+print("-", flush=True)
+"""
+PREFIX = "PYUPDATE_"
+
+Report = dict[str, Any]
+
+
+def report() -> Report:
+    """What there is to know, as plain data. Never raises.
+
+    Returns:
+        A dict that ``json`` takes. ``backend`` is the name of the back end that steps a parameter
+        on the CPU, None if none can; ``problems`` maps a probe that failed to its error.
+    """
+    problems: dict[str, str] = {}
+
+    def ask(name: str, probe: Callable[[], Any]) -> Any:
+        try:
+            return probe()
+        except Exception as error:
+            problems[name] = f"{type(error).__name__}: {error}"
+            return None
+
+    killers = ask("imports", imports_that_kill) or {}
+    for name in killers:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it is an ImportError now
+    found: Report = {
+        "pyupdate": ask("version", _version),
+        "folder": str(Path(__file__).parent),
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "machine": ask("machine", _machine),
+        "packages": {name: ask(name, partial(_installed, name)) for name in PACKAGES},
+        "torch_build": ask("torch", torch_build),
+        "backends": ask("back ends", lambda: back_ends(killers)) or [],
+        "choice": ask("choice", _choice),
+    }
+    found["backend"] = ask("back end in force", lambda: backend_in_force(found["backends"]))
+    found["instruction_sets"] = ask("instruction sets", instruction_sets)
+    found["threads"] = ask("threads", threads)
+    found["threading"] = ask("threading", threading)
+    found["build"] = ask("build", build)
+    found["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)}
+    found["problems"] = problems
+    return found
+
+
+def imports_that_kill() -> dict[str, str]:
+    """The imports that end a process, by name, with the signal that they end it by."""
+    killers: dict[str, str] = {}
+    names = [name for name in FRAGILE if name not in sys.modules]
+    while names:
+        done = subprocess.run(
+            [sys.executable, "-c", TRY_THEM, *names],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=300,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        reached = done.stdout.split()
+        if not reached or reached[-1] == "-":
+            break
+        status = done.returncode
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        killers[reached[-1]] = f"importing {reached[-1]} kills the process ({how})"
+        names = names[names.index(reached[-1]) + 1 :]
+    return killers
+
+
+def back_ends(killers: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Every back end, with the reason why it cannot run here, or None."""
+    from . import backends
+
+    try:
+        reasons = dict(backends.available())
+    except Exception as error:  # an import that fails with more than an ImportError
+        why = f"{type(error).__name__}: {error}"
+        reasons = {row.name: why for row in backends.BACKENDS}
+    killed = killers or {}
+    if "torch" in killed:
+        reasons = dict.fromkeys(reasons, killed["torch"])
+    elif "pyupdate._C" in killed:
+        reasons["cpu"] = killed["pyupdate._C"]
+    return [
+        {"name": row.name, "summary": row.summary, "runs": not why, "reason": why}
+        for row in backends.BACKENDS
+        for why in [reasons[row.name]]
+    ]
+
+
+def backend_in_force(rows: list[dict[str, Any]]) -> str | None:
+    """The name of the back end that steps a parameter on the CPU; None if that one cannot run.
+
+    Raises:
+        ValueError, RuntimeError: the explicit choice is unknown or cannot run.
+    """
+    from . import backends
+
+    name = backends.backend_for("cpu").name
+    return name if any(row["name"] == name and row["runs"] for row in rows) else None
+
+
+def torch_build() -> str | None:
+    """Which torch this is: for the CPU, for CUDA or for ROCm; None where there is none."""
+    if _installed("torch") is None:
+        return None
+    import torch
+
+    version: Any = torch.version
+    for name, found in (("CUDA", version.cuda), ("ROCm", getattr(version, "hip", None))):
+        if found:
+            seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            return f"{name} {found} build, {seen} GPU{'' if seen == 1 else 's'} usable"
+    return "CPU build"
+
+
+def instruction_sets() -> dict[str, Any]:
+    """Which builds of the compiled passes this processor can run, and which one is in force."""
+    _load_torch_first()
+    from .backends import cpu
+
+    if cpu.why_not() is not None:
+        return {"chosen": None, "available": []}
+    from . import _C
+
+    return {"chosen": _C.isa(), "available": _C.isas()}
+
+
+def threads() -> dict[str, Any]:
+    """How many threads a step takes, of how many processors."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"processors": usable, "step": None}
+    if _installed("torch") is not None:
+        import torch
+
+        found["step"] = torch.get_num_threads()
+    return found
+
+
+def threading() -> dict[str, Any]:
+    """What runs the threads of a compiled step, and whether torch's are the same ones."""
+    _load_torch_first()
+    try:
+        from . import _C
+    except ImportError:
+        return {"kind": None, "libgomp": [], "shared_with_torch": None}
+    kind = _C.build_info()["threading"]
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return {"kind": kind, "libgomp": [], "shared_with_torch": None}
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    files = {line[5] for line in lines if len(line) == 6}
+    libraries = sorted(path for path in files if "libgomp" in Path(path).name)
+    torch_is_there = sys.modules.get("torch") is not None
+    shared = len(libraries) == 1 if torch_is_there and kind == "OpenMP" else None
+    return {"kind": kind, "libgomp": libraries, "shared_with_torch": shared}
+
+
+def build() -> dict[str, Any]:
+    """The build's own record, with what the compiled module itself says where it loads."""
+    from . import build_info
+
+    found = dict(build_info.build_info())
+    try:
+        _load_torch_first()
+        from . import _C
+
+        found |= {"compiled": True, **_C.build_info()}
+    except Exception:  # the back ends say why
+        found.setdefault("compiled", False)
+        found.setdefault("reason", build_info.reason_not_compiled())
+    return found
+
+
+def _load_torch_first() -> None:
+    """So that the compiled module finds torch's libgomp and shares its threads."""
+    if _installed("torch") is not None:
+        import torch  # noqa: F401
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> str:
+    """The system and the processor, by the name that Linux gives it."""
+    system = f"{platform.system()} {platform.machine()}"
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return ", ".join([system, *names[:1]])
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _choice() -> str:
+    from .backends import choice
+
+    return choice()
+
+
+# ----- as text -----------------------------------------------------------------------------------
+
+
+def as_text(found: Report) -> str:
+    """A report for a reader."""
+    versions = (f"{name} {version}" for name, version in found["packages"].items() if version)
+    lines = [
+        f"pyupdate     {found['pyupdate']} in {found['folder']}",
+        f"python       {found['python']}",
+        f"machine      {found['machine']}",
+        f"packages     {', '.join(versions) or 'none of those that matter'}",
+        f"torch        {found['torch_build'] or 'cannot be used'}",
+    ]
+    for row in found["backends"]:
+        state = "can run" if row["runs"] else f"CANNOT RUN: {row['reason']}"
+        lines.append(f"back end     {row['name']}: {state} ({row['summary']})")
+    force = found["backend"] or "NONE"
+    lines.append(f"in force     {force}, chosen by '{found['choice']}', for parameters on the CPU")
+    lines += _compiled_lines(found)
+    for name, value in found["environment"].items():
+        lines.append(f"environment  {name}={value}")
+    for probe, error in found["problems"].items():
+        lines.append(f"PROBLEM      {probe}: {error}")
+    return "\n".join(lines) + "\n"
+
+
+def _compiled_lines(found: Report) -> list[str]:
+    sets, count, kind = found["instruction_sets"], found["threads"], found["threading"]
+    lines = []
+    if sets and sets["chosen"]:
+        others = ", ".join(sets["available"])
+        lines.append(f"instructions {sets['chosen']} (this processor can run: {others})")
+    if count:
+        lines.append(f"threads      {count['step']} a step, {count['processors']} processors")
+    if kind and kind["kind"]:
+        shared = {True: ", the same threads as torch's", False: ", NOT torch's: they may compete"}
+        lines.append(f"threading    {kind['kind']}{shared.get(kind['shared_with_torch'], '')}")
+    made = found["build"] or {}
+    if made.get("compiled"):
+        lines.append(f"compiler     {made.get('compiler') or 'unrecorded'}")
+        lines.append(f"flags        {made.get('flags') or 'unrecorded'}")
+    elif made.get("reason"):
+        lines.append(f"build        no compiled module: {made['reason']}")
+    return lines

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules against independent truths: hand-worked steps, the rule in fp64, torch's own loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bits import array_of, assert_same_bits, initial_state, oracle_steps, random_values
+from cases import CASES, FULL, HANDS, Case, Hand, name_of
+
+from pyupdate.kernels import oracle
+from pyupdate.kernels.rules import RULES
+from pyupdate.pytorch.step import ROWS
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+full_cases = pytest.mark.parametrize("case", FULL, ids=str)
+full_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+
+
+# ----- the table ----------------------------------------------------------------------------------
+
+
+def test_every_rule_has_its_rows():
+    for cases in (CASES, FULL, [hand.case for hand in HANDS]):
+        assert {case.name for case in cases} == set(RULES)
+
+
+@every_case
+def test_a_row_says_which_rule_its_options_mean(case: Case):
+    row = ROWS[case.torch_class]
+    group = case.ours([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
+    assert row.rule(group) is case.rule
+    assert row.counts_steps == case.step_is_counted
+
+
+# ----- by hand ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: str(hand.case))
+def test_steps_worked_out_by_hand(hand: Hand, backend):
+    param = torch.nn.Parameter(torch.tensor([hand.param, hand.param], dtype=torch.float64))
+    optimizer = hand.case.ours([param])
+    for grad, after in zip(hand.grads, hand.params, strict=True):
+        param.grad = torch.full_like(param, grad)
+        optimizer.step()
+        assert param.tolist() == pytest.approx([after] * 2, rel=4e-16, abs=0.0)
+    state = {k: v.tolist() for k, v in optimizer.state[param].items() if k != "step"}
+    assert state == {name: [value] * 2 for name, value in hand.state.items()}
+
+
+@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: str(hand.case))
+def test_the_numpy_oracle_by_hand(hand: Hand):
+    start = np.array([hand.param])
+    grads = [np.array([grad]) for grad in hand.grads]
+    param, state = oracle_steps(hand.case, start, grads)
+    assert param.item() == pytest.approx(hand.params[-1], rel=4e-16, abs=0.0)
+    assert {name: value.item() for name, value in state.items()} == hand.state
+
+
+# ----- within rounding of fp64 and of torch --------------------------------------------------------
+
+
+def bounds(name: str, value: np.ndarray, grad: np.ndarray, lr: float, eps: float) -> np.ndarray:
+    """How far a value may be off: the bounds of the issue, eps being the compute type's."""
+    if name == "param":
+        return 8 * eps * np.maximum(np.abs(value), lr)
+    if name in ("exp_avg", "momentum_buffer"):
+        return 2 * eps * np.maximum(np.abs(value), np.abs(grad))
+    assert name in ("exp_avg_sq", "max_exp_avg_sq")
+    return 2 * eps * np.maximum(value, grad * grad)
+
+
+def assert_within_bounds(
+    case: Case,
+    found: dict[str, np.ndarray],
+    truth: dict[str, np.ndarray],
+    grad: np.ndarray,
+    eps: float,
+    what: str,
+) -> None:
+    for name, value in truth.items():
+        bound = bounds(name, value, grad, case.options["lr"], eps)
+        excess = np.abs(found[name] - value) - bound
+        worst = int(excess.argmax())
+        assert excess[worst] <= 0.0, (
+            f"{what}: {name}[{worst}] is {found[name][worst]!r} instead of {value[worst]!r}, "
+            f"{np.abs(found[name] - value)[worst] / bound[worst]:.2f} of the bound"
+        )
+
+
+def values_of(param: torch.Tensor, inner: dict[str, Any], case: Case) -> dict[str, np.ndarray]:
+    tensors = {"param": param, **{name: inner[name] for name in case.rule.state}}
+    return {name: array_of(tensor).astype(np.float64) for name, tensor in tensors.items()}
+
+
+def check_against_truths(case: Case, dtype: torch.dtype, size: int, steps: int) -> None:
+    rng = np.random.default_rng(41)
+    eps = torch.finfo(dtype).eps
+    sign, numbers = case.numbers()
+    param = torch.nn.Parameter(torch.from_numpy(rng.standard_normal(size)).to(dtype))
+    twin = torch.nn.Parameter(param.detach().clone())
+    ours, truth = case.ours([param]), case.truth([twin])
+    before = oracle.load(array_of(param)).astype(np.float64)
+    state = {name: np.zeros(size) for name in initial_state(case, before)}
+    for count in range(1, steps + 1):
+        # Gradients change in size from step to step, as they do in training.
+        scale = float(np.exp2(rng.integers(-4, 3)))
+        grad = torch.from_numpy(rng.standard_normal(size) * scale).to(dtype)
+        wide = array_of(grad).astype(np.float64)
+        param.grad, twin.grad = grad, grad.clone()
+        ours.step()
+        truth.step()
+        found = values_of(param, ours.state[param], case)
+        of_torch = values_of(twin, truth.state[twin], case)
+        in_fp64, after = oracle.step(
+            case.rule, before, wide, state, numbers, count=count, multiplier=sign
+        )
+        exact = {"param": in_fp64, **after}
+        assert_within_bounds(case, found, exact, wide, eps, f"fp64 oracle, step {count}")
+        assert_within_bounds(case, found, of_torch, wide, eps, f"torch, step {count}")
+        # All go on from ours.
+        before = found["param"]
+        state = {name: found[name] for name in state}
+        with torch.no_grad():
+            twin.copy_(param)
+            for name in state:
+                truth.state[twin][name].copy_(ours.state[param][name])
+
+
+@full_precision
+@every_case
+def test_within_rounding_of_fp64_and_of_torch(case, dtype, backend):
+    check_against_truths(case, dtype, size=10_000, steps=20)
+
+
+@full_precision
+@full_cases
+def test_a_million_elements_within_rounding_of_fp64_and_of_torch(case, dtype, compiled):
+    check_against_truths(case, dtype, size=1_000_000, steps=20)
+
+
+# ----- half precision is the rounding of fp32 ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@every_case
+def test_half_precision_is_the_fp32_rule_rounded_to_nearest_even(case, dtype, backend):
+    size, rng = 50_000, np.random.default_rng(42)
+    param = torch.nn.Parameter(random_values(rng, size, dtype))
+    wide = torch.nn.Parameter(param.detach().float())
+    half, full = case.ours([param]), case.ours([wide])
+    for count in range(1, 21):
+        # Everything from fp16's subnormals to where its results overflow.
+        grad = random_values(rng, size, dtype) * 2.0 ** float(rng.integers(-10, 5))
+        param.grad, wide.grad = grad, grad.float()
+        half.step()
+        full.step()
+        pairs = {"param": (param, wide)}
+        pairs |= {n: (half.state[param][n], full.state[wide][n]) for n in case.rule.state}
+        for name, (narrow, from_fp32) in pairs.items():
+            # Torch rounds to nearest even; test_storage.py holds both to numpy's conversion.
+            rounded = from_fp32.detach().to(dtype)
+            assert_same_bits(narrow, array_of(rounded), f"step {count}, {name}")
+            with torch.no_grad():  # the fp32 twin goes on from what was stored
+                from_fp32.copy_(rounded)
