@@ -31,6 +31,7 @@ _PLANS_KEPT = 8  # subsets of one optimizer's parameters: one a model that share
 class Engine:
     """What is kept of one optimizer between steps."""
 
+    row: OptimizerRow | None = None
     plans: dict[tuple[int, ...] | None, Plan] = field(default_factory=dict)
     rules: dict[str, GroupRule] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
@@ -160,8 +161,10 @@ def _step_once(
     scaling: Scaling,
     only: Collection[torch.Tensor] | None,
 ) -> LastUpdate:
-    row = row_of(optimizer)
-    assert row is not None
+    row = engine.row
+    if row is None:
+        row = engine.row = row_of(optimizer)
+        assert row is not None
     groups = optimizer.param_groups
     rules = []
     for group in groups:
