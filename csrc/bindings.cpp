@@ -307,14 +307,14 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   m.doc() = "Compiled passes of pyupdate: plans of torch parameters, stepped on the CPU.";
   cpu::watch_for_fork();
 
-  py::enum_<Found>(m, "Found")
+  py::enum_<Found>(m, "Found", py::module_local())
       .value("READY", Found::kReady)
       .value("FRESH", Found::kFresh)
       .value("STALE", Found::kStale)
       .value("SUSPECT", Found::kSuspect)
       .value("OVERLAP", Found::kOverlap);
 
-  py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
+  py::class_<Plan>(m, "Plan", py::module_local(), py::custom_type_setup(collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
            py::arg("increment_version"), py::arg("tensor_list"), py::arg("groups"),
            py::arg("params"), py::arg("storages"), py::arg("group_of"), py::arg("positions"))

@@ -27,7 +27,9 @@ Builds runnable_builds() {
 #ifdef PYUPDATE_X86_LEVELS
   Builds builds{{&v2::passes, nullptr, nullptr}, 1};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma")) {
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+      __builtin_cpu_supports("movbe")) {
     builds.passes[builds.count++] = &v3::passes;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
