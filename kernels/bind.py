@@ -4,8 +4,8 @@
     step = bind(rule.stages[0].function.text, "torch")     # runs on tensors
 
 A library is three functions, `divide`, `sqrt` and `where`, each rounding once (IEEE), and for
-Triton a decorator. Hypers are 0-dim tensors or scalars of the compute type: with Python floats 94 % of the
-fp32 products differ in torch. Libraries are imported when they are first bound, not before.
+Triton a decorator. Hypers are 0-dim tensors or scalars of the compute type: with Python floats
+94 % of the fp32 products differ in torch. Libraries are imported when they are first bound.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def bind(text: Text, library: str) -> Callable[..., Any]:
     bound |= {call.name: bind(call.text, library) for call in function.calls}
     assert set(text.__code__.co_names) <= {*bound, *PRIMITIVES, "range"}
     bound["__name__"] = f"{text.__module__} bound to {library}"
-    # An operator may import (torch's first comparison of a tensor with a number does), and an import
-    # looks here for __import__: without it the first step of a process raises a KeyError.
+    # An operator may import (torch's first comparison of a tensor with a number does), and an
+    # import looks here for __import__: without it a process's first step raises a KeyError.
     bound["__builtins__"] = builtins
     made = FunctionType(text.__code__, bound, text.__name__)
     if library != "triton":

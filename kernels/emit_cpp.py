@@ -5,8 +5,8 @@
 
 Every function of the language becomes a template of the same name over the compute type T, with
 the same operations in the same order; literals become T(0.5). Every rule becomes a struct that the
-passes of csrc/ are generic over. What the language does not hold never gets here: `language.analyse`
-has refused it with its line.
+passes of csrc/ are generic over. What the language does not hold never gets here:
+`language.analyse` has refused it with its line.
 """
 
 from __future__ import annotations

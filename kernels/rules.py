@@ -15,7 +15,7 @@ from .language import divide, maximum, minimum, rule, sqrt, where
 from .scalar import integer_power
 
 # ----- SGD with momentum: Sutskever et al. 2013, "On the importance of initialization and
-#       momentum"; dampening and the first step (the buffer becomes the gradient) as in torch.optim.SGD.
+#       momentum"; dampening and the first step (the buffer becomes the gradient) as in torch.
 #         g <- g + wd p      b <- mu b + (1 - tau) g      p <- p - lr (g + mu b, or b)
 
 

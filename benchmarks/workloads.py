@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the workloads, the contestants, and the proof that they do the same.
+
+A contestant owns a set of parameters with gradients and an optimizer. `step` is the optimizer's
+step alone; `full` is what loss scaling and clipping ask for: unscale, finite check, clip by the
+global norm, step, update of the scaler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pyupdate
+
+THREADS = 2
+SCALE = 2.0**16  # where torch's GradScaler starts
+MAX_NORM = 1.0
+EPS = torch.finfo(torch.float32).eps
+KINDS = ("step", "full")
+BYTES = {"step": 28, "full": 32}
+"""The least that is moved, an fp32 parameter: read p g m v, write p m v; the norm reads g again."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes of parameters, and the ratios that are to be reached against torch's fused AdamW."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    targets: dict[str, float]
+
+    @property
+    def elements(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("48 x 1024x1024", ((1024, 1024),) * 48, {"step": 0.95, "full": 1.8}),
+        Workload(
+            "60 x 512x512, 200 x 512",
+            ((512, 512),) * 60 + ((512,),) * 200,
+            {"step": 1.2, "full": 1.9},
+        ),
+        Workload("1,000 x 256", ((256,),) * 1000, {"step": 12.0, "full": 24.0}),
+    )
+}
+
+Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "torch fused": lambda params: torch.optim.AdamW(params, fused=True),
+    "torch foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    "pyupdate": lambda params: pyupdate.optim.AdamW(params),
+}
+CLIPPED: dict[str, Optimizer] = {
+    **OPTIMIZERS,
+    "pyupdate": lambda params: pyupdate.optim.AdamW(params, max_norm=MAX_NORM),
+}
+
+
+class Contestant:
+    """Parameters, gradients and an optimizer, the same numbers for every contestant."""
+
+    def __init__(self, name: str, workload: Workload, kind: str) -> None:
+        self.name = name
+        self.kind = kind
+        random = torch.Generator().manual_seed(1)
+        self.params = [
+            nn.Parameter(torch.randn(shape, generator=random)) for shape in workload.shapes
+        ]
+        # A backward pass leaves gradients that carry the scale; torch unscales and clips them where
+        # they are, so each full step starts from a fresh copy, which is made off the clock.
+        self.fresh = [
+            torch.randn(shape, generator=random) * 0.01 * (SCALE if kind == "full" else 1.0)
+            for shape in workload.shapes
+        ]
+        for param, grad in zip(self.params, self.fresh, strict=True):
+            param.grad = grad.clone() if kind == "full" else grad
+        self.optimizer = (CLIPPED if kind == "full" else OPTIMIZERS)[name](self.params)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1_000_000)
+        self.scaler.scale(torch.ones(()))  # makes the scale's tensor, as the first loss does
+        self.run = self._step if kind == "step" else self._full
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Put the gradients back, as a backward pass would."""
+        if self.kind == "full":
+            torch._foreach_copy_([param.grad for param in self.params], self.fresh)
+
+    def _step(self) -> None:
+        self.optimizer.step()
+
+    def _full(self) -> None:
+        optimizer: Any = self.optimizer
+        if self.name == "pyupdate":
+            optimizer.step(grad_scaler=self.scaler)
+        else:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.params, MAX_NORM)
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+@torch.no_grad()
+def apart(one: Contestant, other: Contestant) -> float:
+    """The largest difference of a parameter, in fp32 eps x max(|parameter|, lr)."""
+    lr = one.optimizer.param_groups[0]["lr"]
+
+    def of(a: Tensor, b: Tensor) -> float:
+        return float(((a - b).abs_().div_(b.abs().clamp_(min=lr)).max()) / EPS)
+
+    return max(of(a, b) for a, b in zip(one.params, other.params, strict=True))
+
+
+def check_alike(one: Contestant, other: Contestant, steps: int = 3) -> float:
+    """Step both, which also makes their state; refuse to time contestants that disagree.
+
+    Each step may be 8 eps from the exact one (the bound that the tests hold against fp64), so two
+    contestants may be 16 apart, a step.
+
+    Returns:
+        How far apart they are.
+
+    Raises:
+        RuntimeError: further than that.
+    """
+    for _ in range(steps):
+        for contestant in (one, other):
+            contestant.prepare()
+            contestant.run()
+    found = apart(one, other)
+    if not found <= 16.0 * steps:
+        message = f"{one.name} and {other.name} differ by {found:.1f} eps after {steps} steps"
+        raise RuntimeError(message)
+    return found

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests compile: the project's own CMake build with other rules, and small C++ files."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY_MODULE = "_toy"
+
+# Those of every file in CMakeLists.txt that bear on results.
+FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+
+
+def compiler() -> str:
+    """The C++ compiler; the test is skipped where there is none."""
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if found is None:
+        pytest.skip("no C++ compiler on PATH")
+    return found
+
+
+def tool(name: str) -> str:
+    """A program beside this Python or on PATH; the test is skipped where there is none."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    found = shutil.which(name, path=path)
+    if found is None:
+        pytest.skip(f"no {name} on PATH")
+    return found
+
+
+def run(*command: object, cwd: Path = ROOT) -> str:
+    """What a command prints; a failure fails the test with it."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    if done.returncode != 0:
+        pytest.fail(f"{shlex.join(map(str, command))} failed:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def shared_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
+    """A C++ text compiled with our flags, loaded; it may include what csrc/ and `folder` hold."""
+    text, library = folder / "library.cpp", folder / "library.so"
+    text.write_text(source)
+    includes = (f"-I{ROOT / 'csrc'}", f"-I{folder}")
+    run(compiler(), *FLAGS, *flags, "-shared", "-fPIC", *includes, text, "-o", library)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass(frozen=True)
+class Build:
+    """The CMake build of tests/toy_rules.py: the shipped rules and the toys."""
+
+    folder: Path
+
+    def module(self) -> ModuleType:
+        """The extension, loaded from where it was built."""
+        (path,) = self.folder.glob(f"{TOY_MODULE}.*so")
+        spec = importlib.util.spec_from_file_location(TOY_MODULE, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @cached_property
+    def objects(self) -> dict[str, Path]:
+        """The object of csrc/cpu/passes.cpp by instruction set."""
+        listed = json.loads((self.folder / "compile_commands.json").read_text())
+        found = {}
+        for entry in listed:
+            words = shlex.split(entry["command"])
+            isas = [word.removeprefix("-DPYUPDATE_ISA=") for word in words if "_ISA=" in word]
+            if isas:
+                where = words[words.index("-o") + 1]
+                found[isas[0]] = Path(entry["directory"], where)
+        return found
+
+
+def build_toys(folder: Path) -> Build:
+    """Run CMake as setup.py does, for other rules and under another name."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    run(
+        cmake,
+        *("-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+        f"-DCMAKE_CXX_COMPILER={compiler()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DPYUPDATE_RULES={ROOT / 'tests' / 'toy_rules.py'}",
+        f"-DPYUPDATE_MODULE={TOY_MODULE}",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+    )
+    run(cmake, "--build", folder)
+    return Build(folder)
