@@ -118,11 +118,23 @@ def apart(one: Contestant, other: Contestant) -> float:
     return max(of(a, b) for a, b in zip(one.params, other.params, strict=True))
 
 
+@torch.no_grad()
+def error_of_torchs_norm(grads: list[Tensor]) -> float:
+    """How far torch's norm of fp32 gradients is from that of fp64, relative to it.
+
+    It grows with the size: 1.2e-5 for 48 tensors of 1024 x 1024 (torch 2.13), where that of
+    pyupdate, which adds up in fp64, is off by 2e-12.
+    """
+    exact = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
+    return abs(float(nn.utils.get_total_norm(grads)) / exact - 1.0)
+
+
 def check_alike(one: Contestant, other: Contestant, steps: int = 3) -> float:
     """Step both, which also makes their state; refuse to time contestants that disagree.
 
     Each step may be 8 eps from the exact one (the bound that the tests hold against fp64), so two
-    contestants may be 16 apart, a step.
+    contestants may be 16 apart, a step. Where they clip, an error d of torch's norm scales its
+    gradients by 1 + d; Adam's move lr g / (|g| + eps) then changes by up to lr d / 4.
 
     Returns:
         How far apart they are.
@@ -135,7 +147,8 @@ def check_alike(one: Contestant, other: Contestant, steps: int = 3) -> float:
             contestant.prepare()
             contestant.run()
     found = apart(one, other)
-    if not found <= 16.0 * steps:
+    norm = error_of_torchs_norm(one.fresh) if one.kind == "full" else 0.0
+    if not found <= steps * (16.0 + norm / 4.0 / EPS):
         message = f"{one.name} and {other.name} differ by {found:.1f} eps after {steps} steps"
         raise RuntimeError(message)
     return found

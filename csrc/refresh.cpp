@@ -207,6 +207,7 @@ bool Plan::read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_gr
   const size_t present = inner == nullptr ? 0 : find_state(inner, group, found);
   if (present != 0 && present != wanted) return false;
   *fresh = present != wanted;
+  if (!std::equal(found, found + states, held) && any_negated(found, states + 1)) return false;
   for (size_t s = 0; s < states; ++s) {
     if (found[s] != held[s]) {
       // A rule without torch's counter knows its first step by the buffer that was not there.
@@ -228,6 +229,10 @@ bool Plan::read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_gr
   // negated view only of every second element, so what is dense and known needs no asking.
   const bool plain = known_grad && roles[kGrad].contiguous && row.size > 1;
   if (!plain && is_negated(grad)) return false;
+  if ((!roles[kParam].contiguous || !stands_at(r, k, roles[kParam].address)) &&
+      is_negated(record.param)) {
+    return false;
+  }
   bool flat = roles[kParam].contiguous && roles[kGrad].contiguous;
   if (!same_shape(roles[kParam].tensor, roles[kGrad].tensor)) return false;
   if (!*fresh) {
@@ -346,6 +351,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   grads_owned_ = true;
 
   std::vector<py::object> lists;  // owned: an allocation may run a finalizer, which may do anything
+  uint64_t listed = 1;
   static PyObject* const params_key = PyUnicode_InternFromString("params");
   if (PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return Found::kStale;
   if (numbers.size() != groups_.size()) return Found::kStale;
@@ -358,7 +364,14 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     PyObject* list = PyDict_Check(group) ? PyDict_GetItem(group, params_key) : nullptr;
     if (list == nullptr || !PyList_Check(list)) return Found::kStale;
     lists.push_back(py::reinterpret_borrow<py::object>(list));
+    mix(&listed, static_cast<uint64_t>(PyList_GET_SIZE(list)));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+      mix(&listed, reinterpret_cast<uint64_t>(PyList_GET_ITEM(list, i)));
+    }
   }
+  // Also what is none of the plan's rows: a parameter that was put into a group by hand.
+  if (listed_ == 0) listed_ = listed;
+  if (listed_ != listed) return Found::kStale;
 
   // The state's order is mostly that of the rows, so it is walked beside them instead of hashed.
   Py_ssize_t walk = 0;
@@ -411,11 +424,26 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   return noticed_.empty() ? Found::kReady : Found::kFresh;
 }
 
+// Whether the last refresh found this parameter at this address.
+bool Plan::stands_at(size_t r, size_t k, int64_t address) const {
+  const auto width = static_cast<size_t>(tables_.width());
+  return !rows_changed_ && k < tables_.rows.size() && active_[k] == static_cast<int32_t>(r) &&
+         tables_.addresses[k * width + kParam] == address;
+}
+
 // A lazily negated view has the bytes of its opposite.
-bool Plan::is_negated(PyObject* grad) const {
-  PyObject* negated = PyObject_CallOneArg(interface_.is_neg, grad);
+bool Plan::is_negated(PyObject* tensor) const {
+  PyObject* negated = PyObject_CallOneArg(interface_.is_neg, tensor);
   Py_XDECREF(negated);
   return negated != Py_False;
+}
+
+bool Plan::any_negated(PyObject* const* tensors, size_t count) const {
+  std::vector<py::object> kept;  // asking lets go of the GIL
+  for (size_t i = 0; i < count; ++i) kept.push_back(py::reinterpret_borrow<py::object>(tensors[i]));
+  return std::any_of(kept.begin(), kept.end(), [this](const py::object& tensor) {
+    return tensor && is_negated(tensor.ptr());
+  });
 }
 
 void Plan::drop_rows_from(size_t k) {

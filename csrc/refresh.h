@@ -108,7 +108,9 @@ class Plan {
   bool add_layout(const Read* roles, int64_t count, Row* row);
   PyObject* gradient(PyObject* param) const;
   size_t find_state(PyObject* inner, const GroupRule& group, PyObject** found) const;
-  bool is_negated(PyObject* grad) const;
+  bool stands_at(size_t r, size_t k, int64_t address) const;
+  bool is_negated(PyObject* tensor) const;
+  bool any_negated(PyObject* const* tensors, size_t count) const;
   void drop_rows_from(size_t k);
   void find_shared_counters();
   static int64_t version(PyObject* tensor);
@@ -148,9 +150,16 @@ class Plan {
   bool written_apart_ = false;
   bool grads_apart_ = false;
   uint64_t vouched_ = 0;
+  uint64_t listed_ = 0;  // a hash of which parameters the groups list, 0 before the first refresh
 
   friend class GradientsHeld;
 };
+
+// Adds a value to a hash.
+inline void mix(uint64_t* hash, uint64_t value) {
+  *hash = (*hash ^ value) * 0x9e3779b97f4a7c15ull;
+  *hash ^= *hash >> 29;
+}
 
 // Releases the gradients that a refresh holds when a step is over.
 class GradientsHeld {

@@ -11,11 +11,6 @@ namespace {
 
 constexpr int64_t kBytesOfKept = 16;  // an entry of torch's list, beside the tensor itself
 
-void mix(uint64_t* hash, uint64_t value) {
-  *hash = (*hash ^ value) * 0x9e3779b97f4a7c15ull;
-  *hash ^= *hash >> 29;
-}
-
 }  // namespace
 
 // ----- what is written, and that none of it is shared

@@ -119,7 +119,11 @@ def _statement(node: ast.stmt, function: Function, known: set[str], indent: str)
         count = ast.literal_eval(node.iter.args[0])
         inner = set(known)
         body = [s for n in node.body for s in _statement(n, function, inner, indent + "  ")]
-        return [f"{indent}for (int turn = 0; turn < {count}; ++turn) {{", *body, f"{indent}}}"]
+        turn = "turn"
+        while turn in {n.id for n in ast.walk(function.tree) if isinstance(n, ast.Name)}:
+            turn += "_"  # a counter of the rule's own name would hide it without a word
+        counts = f"int {turn} = 0; {turn} < {count}; ++{turn}"
+        return [f"{indent}for ({counts}) {{", *body, f"{indent}}}"]
     assert isinstance(node, ast.Assign)
     target = node.targets[0]
     if isinstance(target, ast.Name):

@@ -267,7 +267,10 @@ class _Check:
             if not isinstance(value, ast.Name):
                 self.refuse(node, "what is returned must be names, or one expression")
             self.expression(value)
-        return tuple(value.id for value in values if isinstance(value, ast.Name))
+        names = tuple(value.id for value in values if isinstance(value, ast.Name))
+        if len(set(names)) != len(names):
+            self.refuse(node, "a name is returned twice")
+        return names
 
     def statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.For):
@@ -297,10 +300,13 @@ class _Check:
             and call.func.id == "range"
             and len(call.args) == 1
             and isinstance(call.args[0], ast.Constant)
-            and isinstance(call.args[0].value, int)
+            and type(call.args[0].value) is int
+            and not call.keywords
             and not node.orelse
         ):
             self.refuse(node, "the one loop of the language is 'for _ in range(<literal>)'")
+        if node.target.id in self.known:
+            self.refuse(node, f"'{node.target.id}' has a value already: count with '_'")
         before = set(self.known)
         for statement in node.body:
             self.statement(statement)
@@ -322,7 +328,9 @@ class _Check:
             self.expression(node.left)
             self.expression(node.right)
         elif isinstance(node, ast.Call):
-            self.call(node)
+            function = self.call(node)
+            if function is not None and len(function.results) > 1:
+                self.refuse(node, f"{function.name} returns several: a, b = {function.name}(...)")
         elif isinstance(node, ast.Compare):
             self.refuse(node, "a comparison stands only as the condition of where(...)")
         else:
@@ -331,6 +339,8 @@ class _Check:
     def literal(self, node: ast.AST, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(node, f"{value!r} is no number")
+        if not math.isfinite(value):
+            self.refuse(node, f"{value!r} is no finite number")
         try:
             exact = struct.unpack("f", struct.pack("f", value))[0] == value
         except OverflowError:

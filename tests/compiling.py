@@ -11,12 +11,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from pyupdate.kernels import emit_cpp
+from pyupdate.kernels.language import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_MODULE = "_toy"
@@ -65,6 +70,37 @@ def shared_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
     includes = (f"-I{ROOT / 'csrc'}", f"-I{folder}")
     run(compiler(), *FLAGS, *flags, "-shared", "-fPIC", *includes, text, "-o", library)
     return ctypes.CDLL(str(library))
+
+
+# ----- rules files
+
+RULES_HEAD = """\
+from pyupdate.kernels.language import divide, maximum, rule, sqrt, where
+from pyupdate.kernels.scalar import integer_power
+
+def prepare(step, lr, eps):
+    return lr, eps
+
+def pair(a, b):
+    c = a + b
+    d = a - b
+    return c, d
+
+def half(a):
+    return a * 0.5
+
+another_name = half
+"""
+
+
+def rules_of(text: str, folder: Path) -> Mapping[str, Rule]:
+    """The RULES of a file with this text after `RULES_HEAD`."""
+    path = folder / "bad.py"
+    path.write_text(RULES_HEAD + textwrap.dedent(text))
+    return emit_cpp.load_rules(path)
+
+
+# ----- the module of toys
 
 
 @dataclass(frozen=True)

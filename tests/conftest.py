@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from compiling import Build, build_toys
 
 import pyupdate
 from pyupdate.backends import available
@@ -75,3 +76,9 @@ def threads() -> Iterator[tuple[int, ...]]:
     before = torch.get_num_threads()
     yield (1, 2, 3, 7)
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def toy_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The CMake build of the toy rules; the test is skipped where there is no compiler."""
+    return build_toys(tmp_path_factory.mktemp("toys"))

@@ -69,7 +69,7 @@ def held(
     address = buffer.ctypes.data
     start = GUARD + (-(address + GUARD) % 64) + offset
     # frombuffer is the one public way to a tensor whose address is no multiple of its item size.
-    window = (ctypes.c_char * (buffer.size - start)).from_address(address + start)
+    window = (ctypes.c_char * (buffer.size - start)).from_buffer(buffer, start)
     base = torch.frombuffer(window, dtype=values.dtype, count=reach + 1)
     view = base.as_strided(values.shape, strides)
     view.copy_(values)
@@ -96,10 +96,10 @@ def _seen(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     try:
-        values: Any = bits(value.detach().resolve_neg().reshape(-1))
-    except (RuntimeError, NotImplementedError, TypeError):  # meta, sparse, wrappers
+        values: Any = tuple(value.shape), bits(value.detach().resolve_neg().reshape(-1))
+    except (RuntimeError, NotImplementedError, TypeError):  # meta, sparse, nested, wrappers
         values = None
-    return id(value), str(value.dtype), tuple(value.shape), value._version, values
+    return id(value), str(value.dtype), value._version, values
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Any:

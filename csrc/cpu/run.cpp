@@ -282,24 +282,8 @@ class Region {
 
   // ----- one chunk
 
-  // A small row is over before the hardware has seen its streams: ask for a later one's. (Measured
-  // on 1,000 rows of 256 that are not in the cache: see docs/architecture.md.)
-  void prefetch(const Kernel& kernel, const StorageInfo& storage, size_t r) const {
-    constexpr int64_t kBytes = 1024, kLine = 64;
-    if (r >= tables_.rows.size()) return;
-    const int64_t* address = &tables_.addresses[r * static_cast<size_t>(tables_.width_)];
-    for (int64_t role = 0; role < tables_.width_; ++role) {
-      if ((kernel.reads >> role & 1u) == 0) continue;
-      const int64_t bytes = std::min(kBytes, tables_.rows[r].size * storage.itemsize[role]);
-      for (int64_t at = 0; at < bytes; at += kLine) {
-        __builtin_prefetch(reinterpret_cast<const void*>(address[role] + at), 1);
-      }
-    }
-  }
-
   void run_chunk(const Kernel& kernel, const StorageInfo& storage, size_t r, int64_t chunk,
                  double multiplier, Workspace& workspace) {
-    prefetch(kernel, storage, r + 2);
     const Row& row = tables_.rows[r];
     const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
     const int64_t* address = &tables_.addresses[r * static_cast<size_t>(tables_.width_)];

@@ -18,6 +18,7 @@ from ..pytorch.rows import (
     GroupRule,
     Inputs,
     Row,
+    Stale,
     check_all_memory,
     check_row,
     has_state,
@@ -41,9 +42,16 @@ class Part:
         # Steps made, for rules whose steps torch does not count: from "the buffer is absent".
         self._counters: dict[int, tuple[object, int]] = {}
         self._made: frozenset[int] = frozenset()
+        self._listed: list[int] | None = None
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
+        listed = [id(param) for group in inputs.groups for param in group["params"]]
+        if self._listed is None:
+            self._listed = listed
+        if self._listed != listed:
+            message = "the optimizer's parameters"
+            raise Stale(message)
         fresh = []
         for r, row in self._active():
             mend_row(row, inputs)

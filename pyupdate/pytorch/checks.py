@@ -113,6 +113,8 @@ def _check_kind(tensor: torch.Tensor, what: str) -> None:
         kind = f"quantised ({tensor.dtype})"
     elif tensor.is_nested:
         kind = "nested"
+    elif tensor.is_neg():
+        kind = "lazily negated: give it memory of its own with .resolve_neg()"
     elif tensor.device.type == "meta":
         kind = "on the meta device and has no values: give it some with to_empty() and a reset"
     if kind is not None:

@@ -194,7 +194,8 @@ def _plan(
     key: tuple[int, ...] | None,
 ) -> Plan:
     plan = engine.plans.get(key)
-    if plan is not None and plan.rules == rules and plan.choice == choice():
+    # A plan without parts cannot tell whether the groups list other parameters by now.
+    if plan is not None and plan.parts and plan.rules == rules and plan.choice == choice():
         return plan
     rows = rows_of(groups, None if key is None else frozenset(key), engine.names)
     while len(engine.plans) >= _PLANS_KEPT:

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be stepped is refused by name, with the mend, before any byte changes.
+
+Every breakage is undone after its refusal, and the training that goes on must give the bits of one
+that never broke: so nothing inside the plan changed either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bits import assert_same_bits
+from breakages import BREAKAGES, built, set_grads
+from cases import FULL
+from torch import nn
+from ways import optimizer_of, snapshot, ways
+
+import pyupdate
+
+ADAMW = next(case for case in FULL if case.name == "adamw")
+MOMENTUM = next(case for case in FULL if case.name == "sgd_momentum")
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0], ids=["plain", "max_norm"])
+@ways
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=str)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_refused_by_name_and_nothing_changes(breakage, way, max_norm, steps_before, backend):
+    if breakage.needs_state and not steps_before:
+        return  # there is none yet
+    net, optimizer = built(way, ADAMW, max_norm)
+    twin, truth = built(way, ADAMW, max_norm)
+    for step in range(steps_before):
+        for model, each in ((net, optimizer), (twin, truth)):
+            set_grads(model, step)
+            each.step()
+    set_grads(net, 10)
+    undo = breakage.breaks(net, optimizer)
+    before = snapshot(optimizer)
+    for _ in range(2):  # a second attempt is refused as well
+        with pytest.raises(breakage.error) as refused:
+            optimizer.step()
+        for words in breakage.says:
+            assert words in str(refused.value)
+        assert snapshot(optimizer) == before
+    undo()
+    for step in (11, 12):
+        for model, each in ((net, optimizer), (twin, truth)):
+            set_grads(model, step)
+            each.step()
+    for (name, param), other in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert_same_bits(param, other, name)
+        for key, value in truth.state[other].items():
+            assert_same_bits(optimizer.state[param][key], value, f"{name} {key}")
+
+
+def test_refused_with_a_scaler_and_the_scaler_learns_nothing(backend):
+    net, optimizer = built("ours", ADAMW, None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    set_grads(net, 0)
+    net.head.weight.data = net.body.weight.data
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="shares memory"):
+        scaler.step(optimizer)
+    assert snapshot(optimizer) == before
+    net.head.weight.data = torch.ones(4, 4)
+    scaler.step(optimizer)  # not "already been called"
+    scaler.update()
+
+
+# ----- parameters that are of another kind from the start -----------------------------------------
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that holds another one, as DTensor does."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def inner(value: Any) -> Any:
+            return value.inner if isinstance(value, Wrapper) else value
+
+        out = function(*map(inner, args), **{k: inner(v) for k, v in (kwargs or {}).items()})
+        return Wrapper(out) if isinstance(out, torch.Tensor) else out
+
+
+def _quantised() -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+
+
+KINDS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "complex": (lambda: torch.ones(3, dtype=torch.complex128), "is complex"),
+    "integer": (lambda: torch.ones(3, dtype=torch.int64), "has dtype torch.int64"),
+    "bool": (lambda: torch.ones(3, dtype=torch.bool), "has dtype torch.bool"),
+    "float8": (lambda: torch.ones(3).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "meta": (lambda: torch.ones(3, device="meta"), "on the meta device"),
+    "quantised": (_quantised, "is quantised"),
+    "sparse": (lambda: torch.ones(3).to_sparse(), "is sparse"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        "wraps other tensors",
+    ),
+    "nested-strided": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "is nested",
+    ),
+    "wrapper": (lambda: Wrapper(torch.ones(3)), "is a Wrapper, which wraps other tensors"),
+}
+
+
+@ways
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz.*")
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_kinds_of_parameters(kind, way, backend):
+    make, words = KINDS[kind]
+    odd = make()
+    trainable = odd.is_floating_point() or odd.is_complex()
+    net = nn.Module()
+    net.good = nn.Linear(2, 2)
+    net.odd = nn.Module()
+    net.odd.part = nn.Parameter(odd, requires_grad=trainable)
+    optimizer = optimizer_of(way, MOMENTUM, net.parameters())
+    pyupdate.build(net, optimizer)
+    for param in net.good.parameters():
+        param.grad = torch.ones_like(param)
+    if not kind.startswith("nested"):  # whose gradients torch does not let be set
+        net.odd.part.grad = make()
+    before = snapshot(optimizer)
+    with pytest.raises(TypeError, match=re.escape("'odd.part'")) as refused:
+        optimizer.step()
+    assert words in str(refused.value)
+    assert "accepted are dense tensors of" in str(refused.value)
+    assert snapshot(optimizer) == before
+    del optimizer.param_groups[0]["params"][-1]  # the mend
+    optimizer.step()
+    assert snapshot(optimizer) != before
+
+
+def test_a_wrapped_gradient(backend):
+    param = nn.Parameter(torch.ones(3))
+    param.grad = Wrapper(torch.ones(3))
+    optimizer = pyupdate.optim.AdamW([param])
+    with pytest.raises(TypeError, match="the gradient of 'group 0, parameter 0' is a Wrapper"):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(param, torch.ones(3))
+
+
+@ways
+def test_interleaved_memory_is_fine_until_it_meets(way, backend):
+    # What was once checked exactly and found apart must be checked again when it moves.
+    base = torch.zeros(40)
+    first, second = nn.Parameter(base[:20:2]), nn.Parameter(base[1:20:2])
+    optimizer = optimizer_of(way, MOMENTUM, [first, second])
+    for param in (first, second):
+        param.grad = torch.ones(10)
+    for _ in range(3):
+        optimizer.step()
+    second.data = base[2:22:2]
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="shares memory"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    second.data = base[3:23:2]
+    optimizer.step()
+    second.grad = base[4:14]
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="lies in the memory of"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
+@ways
+def test_memory_shared_with_a_parameter_that_is_not_stepped_is_fine(way, backend):
+    base = torch.zeros(4)
+    first, second = nn.Parameter(base), nn.Parameter(base.view(4))
+    optimizer = optimizer_of(way, ADAMW, [first, second])
+    first.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(first, second) and first[0] != 0.0
