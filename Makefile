@@ -57,6 +57,7 @@ slow: $(installed)
 
 bench: $(installed)
 	$(bin)/python -m pytest benchmarks --benchmark-only $(PYTEST)
+	$(bin)/python benchmarks/ratios.py
 
 lint: $(installed)
 	$(bin)/ruff check .

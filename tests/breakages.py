@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to break a parameter, its gradient or its state, how each is refused and how it is undone."""
+"""Ways to break a parameter, its gradient or its state, how it is refused, how undone."""
 
 from __future__ import annotations
 

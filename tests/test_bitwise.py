@@ -65,6 +65,8 @@ def check_sizes(case: Case, dtype: torch.dtype, what: str, sizes: tuple[int, ...
     optimizer = case.ours(params)
     torch_steps(optimizer, params, [grad.split(sizes) for grad in grads])
     assert_same_bits(joined(params), expected, what)
+    if case.step_is_counted:
+        assert {optimizer.state[p]["step"].item() for p in params} == {STEPS}, what
     for name, values in expected_state.items():
         state = [optimizer.state[p][name] for p in params]
         assert_same_bits(joined(state), values, f"{what}, {name}")

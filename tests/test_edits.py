@@ -8,7 +8,6 @@ fp64. A pointer, a step count or a list of parameters that went stale would show
 from __future__ import annotations
 
 import copy
-import gc
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -23,7 +22,9 @@ from ways import optimizer_of, ways
 import pyupdate
 
 SHAPES = ((3, 4), (5,), (2, 3, 2), ())
-cases = pytest.mark.parametrize("case", FULL, ids=str)
+# One rule whose steps only the plan counts, and the one with the most state.
+SOME = tuple(case for case in FULL if case.name in ("sgd_momentum", "adamw_amsgrad"))
+cases = pytest.mark.parametrize("case", SOME, ids=str)
 
 
 class Side:
@@ -85,19 +86,15 @@ def set_into_a_larger_storage(side: Side) -> None:
 
 
 def resize(side: Side) -> None:
-    with torch.no_grad():  # there and back: the storage moves, the values stay in front
-        side.params[1].resize_(4096)
-        side.params[1].resize_(5)
+    side.params[1].detach().resize_(4096)  # the storage moves, the values stay in front
 
 
 def resize_storage(side: Side) -> None:
-    param = side.params[0]
-    before = param.detach().clone()
-    with torch.no_grad():
-        param.untyped_storage().resize_(0)
-        param.untyped_storage().resize_(before.numel() * 8)
-        param.data = param.data.view(-1).as_strided((3, 4), (4, 1))
-        param.copy_(before)
+    storage = side.params[0].untyped_storage()  # freed and allocated anew
+    before = storage.clone()
+    storage.resize_(0)
+    storage.resize_(before.nbytes())
+    storage.copy_(before)
 
 
 def swap_data(side: Side) -> None:
@@ -218,8 +215,6 @@ def replace_parameter(side: Side) -> None:
     index = next(i for i, param in enumerate(side.params) if param is old)
     side.params[index] = params[1] = nn.Parameter(side.values(tuple(old.shape)))
     side.optimizer.state.pop(old, None)
-    del old
-    gc.collect()
 
 
 def new_list_of_groups(side: Side) -> None:
@@ -403,7 +398,7 @@ def test_lazily_negated_memory_is_never_written(what, backend):
         else:
             param.data = opposite
     before = param.detach().clone()
-    with pytest.raises(TypeError, match="is lazily negated.*resolve_neg"):
+    with pytest.raises(TypeError, match=r"is lazily negated.*resolve_neg"):
         optimizer.step()
     assert torch.equal(param, before) and torch.equal(opposite, -torch.ones(3))
 

@@ -18,8 +18,6 @@ import pyupdate
 from pyupdate.backends import cpu as cpu_backend
 from pyupdate.kernels import oracle
 from pyupdate.kernels.language import Rule
-from pyupdate.pytorch.checks import STORAGES
-from pyupdate.pytorch.plan import Plan
 from pyupdate.pytorch.rows import OptimizerRow
 from pyupdate.pytorch.step import ROWS, engine_of, last_step, step
 
@@ -108,7 +106,7 @@ def test_numpy_runs_the_stages_in_order(rule, size):
         np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-# ----- every back end ------------------------------------------------------------------------------
+# ----- every back end -----------------------------------------------------------------------------
 
 
 def check(
@@ -158,11 +156,9 @@ def test_all_dtypes_in_one_plan(rule, toy_module):
     check(rule, DTYPES, "mixed", backends=("cpu",))
 
 
-def test_rules_of_one_two_and_three_stages_in_one_plan(threads, toy_module):
+def test_rules_of_two_and_three_stages_in_one_plan(threads, toy_module):
     """A shorter rule sits out the later sweeps, and sums of one rule are not those of another."""
     rng = np.random.default_rng(73)
-    adamw = next(r for r in pyupdate.kernels.rules.RULES.values() if r.name == "adamw")
-    assert toy_module.rules() == [adamw.name, *TOYS]
     rules = [TOYS["toy_three"], TOYS["toy_two"], TOYS["toy_three"]]
     sizes = (16_385, 33_000, 5)
     for n in threads:
@@ -211,7 +207,7 @@ def test_a_clip_comes_before_the_first_stage(rule, toy_module):
         assert_same_bits(param, expected, backend)
 
 
-# ----- who runs it ---------------------------------------------------------------------------------
+# ----- who runs it --------------------------------------------------------------------------------
 
 
 def test_a_rule_that_nobody_compiled_goes_to_reference_or_is_refused(compiled, monkeypatch):
@@ -235,5 +231,4 @@ def test_a_shipped_rule_stays_with_the_first_module_that_has_it(compiled, toy_mo
     adamw = pyupdate.kernels.rules.RULES["adamw"]
     assert cpu_backend.module_with(adamw) is compiled
     assert cpu_backend.module_with(TOYS["toy_two"]) is toy_module
-    assert {STORAGES[dtype] for dtype in DTYPES} == {"float64", "float32", "bfloat16", "float16"}
-    assert Plan([], []).backends == ()
+    assert toy_module.rules() == ["adamw", *TOYS]

@@ -57,9 +57,7 @@ class Held:
         assert not wrong.size, f"{what}: {wrong.size} bytes beside it changed, first {wrong[0]}"
 
 
-def held(
-    values: torch.Tensor, strides: Sequence[int] | None = None, *, offset: int = 0
-) -> Held:
+def held(values: torch.Tensor, strides: Sequence[int] | None = None, *, offset: int = 0) -> Held:
     """A copy of the values in guarded memory, with given strides and a misalignment in bytes."""
     strides = values.contiguous().stride() if strides is None else tuple(strides)
     size = values.element_size()

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <cfenv>
 #include <thread>
 #include <vector>
 
@@ -55,9 +56,28 @@ inline const char* threading() {
 #endif
 }
 
+// The floating-point mode of the numeric contract, whatever mode the threads of the process are in
+// (torch.set_flush_denormal(True) changes the one that calls it): to nearest, subnormals kept.
+class ContractMode {
+ public:
+  ContractMode() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~ContractMode() { std::fesetenv(&before_); }
+  ContractMode(const ContractMode&) = delete;
+
+ private:
+  std::fenv_t before_;
+};
+
 // Runs body(team) on up to `size` threads, the caller being rank 0. `body` must not throw.
 template <class Body>
-void parallel(int size, const Body& body) {
+void parallel(int size, const Body& work) {
+  const auto body = [&work](const Team& team) {
+    const ContractMode mode;
+    work(team);
+  };
   if (size <= 1) {
     body(Team{0, 1, nullptr});
     return;
