@@ -55,6 +55,23 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
     return Scaling(unscale=_reciprocal(scale), check=True)
 
 
+def unscale(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> bool:
+    """Have torch unscale the gradients in place, for a step that is torch's own.
+
+    Returns:
+        Whether an inf or nan was found, so that there must be no step.
+
+    Raises:
+        RuntimeError: the optimizer stepped already, or the scaler has scaled nothing yet.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return False
+    check_can_step(scaler, optimizer)
+    if _state_of(scaler, optimizer)["stage"] is OptState.READY:
+        scaler.unscale_(optimizer)
+    return scaling_of(scaler, optimizer).found
+
+
 def tell(scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: LastUpdate) -> None:
     """Record a step for ``scaler.update()``."""
     if scaler is None or not scaler.is_enabled():

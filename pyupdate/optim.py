@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
+from . import amp
 from .kernels import rules
 from .kernels.language import Rule
-from .options import Options
+from .options import LastUpdate, Options
 from .pytorch import step as engine
 from .pytorch.rows import Group, OptimizerRow
 
@@ -87,8 +88,21 @@ class Planned(Optimizer):
             RuntimeError: a second step before ``scaler.update()``.
         """
         if any(group.get("differentiable", False) for group in self.param_groups):
-            return _stock_step(self)(self, closure)
+            return self._differentiable_step(closure, grad_scaler)
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
+
+    def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
+        if engine.options_of(self).max_norm is not None:
+            message = (
+                "max_norm cannot be had with differentiable=True, which runs torch's own step: "
+                "clip with torch.nn.utils.clip_grad_norm_, or leave one of them out"
+            )
+            raise ValueError(message)
+        engine.check_closure(closure, scaler)
+        found = amp.unscale(scaler, self)
+        loss = None if found else _stock_step(self)(self, closure)
+        amp.tell(scaler, self, LastUpdate(None, skipped=found, multiplier=1.0))
+        return loss
 
     step = Optimizer.profile_hook_step(step)
     step.hooked = True  # type: ignore[attr-defined]
@@ -199,7 +213,8 @@ def accelerate(optimizer: _O, *, max_norm: float | None = None) -> _O:
         The same object.
 
     Raises:
-        TypeError: it is none of those, or its ``step`` was replaced by somebody else.
+        TypeError: it is none of those, it has ``differentiable=True``, or its ``step`` was replaced
+            by somebody else.
 
     Example:
         >>> import torch, pyupdate
@@ -213,10 +228,11 @@ def accelerate(optimizer: _O, *, max_norm: float | None = None) -> _O:
         if drop_in is None or not engine.has_rule(optimizer):
             names = ", ".join(f"torch.optim.{kind.__name__}" for kind in _DROP_INS)
             found = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-            replaced = " whose step was replaced" if drop_in is not None else ""
-            message = (
-                f"cannot accelerate {found}{replaced}; accepted are {names} as torch made them"
-            )
+            why = ""
+            if drop_in is not None:
+                differentiable = any(group["differentiable"] for group in optimizer.param_groups)
+                why = " with differentiable=True" if differentiable else " whose step was replaced"
+            message = f"cannot accelerate {found}{why}; accepted are {names} as torch made them"
             raise TypeError(message)
         scheduled = optimizer.__dict__.pop("step", None)
         optimizer.__class__ = drop_in  # type: ignore[assignment]

@@ -107,6 +107,17 @@ def options_of(optimizer: Optimizer) -> Options:
 _PLAIN = Options()
 
 
+def check_closure(closure: Closure | None, grad_scaler: GradScaler | None) -> None:
+    """Refuse a closure beside an enabled scaler.
+
+    Raises:
+        RuntimeError: torch's own words.
+    """
+    if closure is not None and amp.is_enabled(grad_scaler):
+        message = "Closure use is not currently supported if GradScaler is enabled."
+        raise RuntimeError(message)
+
+
 def _planned_step(
     optimizer: Optimizer,
     closure: Closure | None = None,
@@ -114,11 +125,9 @@ def _planned_step(
     grad_scaler: GradScaler | None = None,
     only: Collection[torch.Tensor] | None = None,
 ) -> Any:
+    check_closure(closure, grad_scaler)
     loss = None
     if closure is not None:
-        if amp.is_enabled(grad_scaler):
-            message = "Closure use is not currently supported if GradScaler is enabled."
-            raise RuntimeError(message)
         with torch.enable_grad():
             loss = closure()
     engine = engine_of(optimizer)

@@ -1,0 +1,528 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drop-in classes behave as torch's in everything but speed: arguments, state, hooks, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bits import array_of, assert_same_bits, compute_type, oracle_steps, random_values
+from cases import CASES, DTYPES, FULL, Case, name_of
+from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from ways import optimizer_of, ways
+
+import pyupdate
+
+cases = pytest.mark.parametrize("case", FULL, ids=str)
+ADAMW = next(case for case in FULL if case.name == "adamw")
+MOMENTUM = next(case for case in FULL if case.name == "sgd_momentum")
+SIZES = (1, 70, 3000)
+
+
+def params_of(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.Parameter]:
+    rng = np.random.default_rng(seed)
+    return [nn.Parameter(random_values(rng, n, dtype)) for n in SIZES]
+
+
+def set_grads(params: Sequence[torch.Tensor], seed: int) -> None:
+    rng = np.random.default_rng(1000 + seed)
+    for param in params:
+        param.grad = random_values(rng, param.numel(), torch.float64).to(param.dtype)
+
+
+def train(optimizer: torch.optim.Optimizer, turns: range) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for turn in turns:
+        set_grads(params, turn)
+        optimizer.step()
+
+
+def assert_alike(optimizer: torch.optim.Optimizer, truth: torch.optim.Optimizer) -> None:
+    """Parameters and state of two optimizers agree to the last digits of fp64."""
+    close = {"rtol": 1e-11, "atol": 1e-13}
+    for group, other in zip(optimizer.param_groups, truth.param_groups, strict=True):
+        for param, expected in zip(group["params"], other["params"], strict=True):
+            torch.testing.assert_close(param, expected, **close)
+            state = optimizer.state.get(param, {})
+            assert list(state) == list(truth.state.get(expected, {}))
+            for key, value in state.items():
+                torch.testing.assert_close(value, truth.state[expected][key], **close)
+
+
+# ----- construction -------------------------------------------------------------------------------
+
+PAIRS = [
+    pytest.param(getattr(pyupdate.optim, name), getattr(torch.optim, name), id=name)
+    for name in ("SGD", "Adam", "AdamW")
+]
+pairs = pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+
+WRONG: list[dict[str, Any]] = [
+    {"lr": -1.0},
+    {"lr": torch.tensor([1.0, 2.0])},
+    {"betas": (1.0, 0.9)},
+    {"betas": (0.9, -0.1)},
+    {"eps": -1e-8},
+    {"weight_decay": -0.1},
+    {"momentum": -0.5},
+    {"nesterov": True, "momentum": 0.0},
+    {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+    {"foreach": True, "fused": True},
+    {"fused": True, "differentiable": True},
+    {"lr": torch.tensor(0.1), "foreach": True, "capturable": False},
+    {"no_such_option": 1},
+]
+
+
+def outcome(make: Callable[[], Any]) -> Any:
+    try:
+        made = make()
+    except Exception as error:
+        return type(error), str(error)
+    return made.defaults
+
+
+@pairs
+@pytest.mark.parametrize("options", WRONG, ids=lambda o: "-".join(o))
+def test_wrong_arguments_are_refused_in_torchs_words(ours, theirs, options):
+    found = outcome(lambda: ours([nn.Parameter(torch.ones(2))], **options))
+    expected = outcome(lambda: theirs([nn.Parameter(torch.ones(2))], **options))
+    assert found == expected
+
+
+def test_the_wrong_arguments_are_wrong():
+    for options in WRONG:
+        made = [outcome(lambda c=p.values[1], o=options: c([torch.ones(2)], **o)) for p in PAIRS]
+        assert any(isinstance(each, tuple) for each in made), options
+
+
+@pairs
+@pytest.mark.parametrize("params", [[], [1.0], torch.ones(2), [torch.ones(2) * 2.0], {}], ids=repr)
+def test_wrong_parameters_are_refused_in_torchs_words(ours, theirs, params):
+    assert outcome(lambda: ours(params)) == outcome(lambda: theirs(params))
+
+
+@pairs
+def test_arguments_by_position_and_defaults(ours, theirs):
+    param = nn.Parameter(torch.ones(2))
+    for args in ((), (0.1,), (0.1, 0.9) if theirs is torch.optim.SGD else (0.1, (0.8, 0.9), 1e-6)):
+        assert ours([param], *args).defaults == theirs([param], *args).defaults
+    named = [("weight", param)]
+    assert ours(named).param_groups == theirs(named).param_groups
+
+
+@pairs
+def test_repr_is_torchs(ours, theirs):
+    param = nn.Parameter(torch.ones(2))
+    groups = [{"params": [param]}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.5}]
+    assert repr(ours(groups, lr=0.1)) == repr(theirs(groups, lr=0.1))
+
+
+@cases
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}], ids=repr)
+def test_flags_make_no_difference(case: Case, flags, backend):
+    plain, flagged = case.ours(params_of()), case.ours(params_of(), **flags)
+    for optimizer in (plain, flagged):
+        train(optimizer, range(3))
+    for a, b in zip(
+        plain.param_groups[0]["params"], flagged.param_groups[0]["params"], strict=True
+    ):
+        assert_same_bits(a, b, repr(flags))
+
+
+# ----- steps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@ways
+def test_the_state_is_torchs(case: Case, way, backend):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        optimizer = optimizer_of(way, case, params_of(dtype))
+        truth = case.truth(params_of(dtype))
+        for each in (optimizer, truth):
+            train(each, range(2))
+        ours, theirs = optimizer.state_dict(), truth.state_dict()
+        assert ours["state"].keys() == theirs["state"].keys()
+        for index, state in theirs["state"].items():
+            found = {k: (v.dtype, v.shape, v.device) for k, v in ours["state"][index].items()}
+            expected = {k: (v.dtype, v.shape, v.device) for k, v in state.items()}
+            assert list(found.items()) == list(expected.items())
+        for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+            assert {**group, "foreach": False} == other
+
+
+def test_step_counters_follow_the_default_dtype(backend):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizer, truth = ADAMW.ours(params_of()), ADAMW.truth(params_of())
+        for each in (optimizer, truth):
+            train(each, range(2))
+            assert next(iter(each.state.values()))["step"].dtype is torch.float64
+        assert_alike(optimizer, truth)
+    finally:
+        torch.set_default_dtype(before)
+    train(optimizer, range(2, 4))
+    train(truth, range(2, 4))
+    assert_alike(optimizer, truth)
+
+
+@cases
+@ways
+def test_groups_of_different_numbers_and_a_late_one(case: Case, way, backend):
+    others = {
+        "lr": 0.02,
+        "weight_decay": 0.3,
+        "maximize": True,
+        **({"betas": (0.7, 0.8), "eps": 1e-3, "amsgrad": True} if case.step_is_counted else {}),
+        **({} if case.step_is_counted else {"momentum": 0.4, "dampening": 0.0, "nesterov": True}),
+    }
+
+    def trained(make: Callable[[Any], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        params = params_of() + params_of(seed=1)
+        groups = [{"params": params[:2]}, {"params": params[2:4], **others}, {"params": []}]
+        optimizer = make(groups)
+        train(optimizer, range(3))
+        optimizer.add_param_group({"params": params[4:], "lr": 0.001})
+        train(optimizer, range(3, 6))
+        optimizer.param_groups[1]["lr"] = 0.0
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+        train(optimizer, range(6, 8))
+        return optimizer
+
+    assert_alike(trained(lambda g: optimizer_of(way, case, g)), trained(case.truth))
+
+
+@cases
+@ways
+def test_late_gradients_have_their_own_step(case: Case, way, backend):
+    def trained(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        params = optimizer.param_groups[0]["params"]
+        for turn in range(7):
+            set_grads(params, turn)
+            if turn < 3:
+                params[0].grad = None
+            if turn in (2, 4):
+                params[1].grad = None
+            optimizer.step()
+            assert (params[0] in optimizer.state) == (turn >= 3 and bool(case.rule.state))
+        return optimizer
+
+    optimizer = trained(optimizer_of(way, case, params_of()))
+    assert_alike(optimizer, trained(case.truth(params_of())))
+    if case.step_is_counted:
+        steps = [float(optimizer.state[p]["step"]) for p in optimizer.param_groups[0]["params"]]
+        assert steps == [4.0, 5.0, 7.0]
+
+
+@ways
+def test_no_gradient_makes_no_state(way, backend):
+    params = params_of()
+    optimizer = optimizer_of(way, ADAMW, params)
+    optimizer.step()
+    assert not optimizer.state
+    params[1].grad = torch.ones_like(params[1])
+    optimizer.step()
+    assert list(optimizer.state) == [params[1]]
+
+
+@cases
+@ways
+def test_dtypes_mixed_in_one_model(case: Case, way, backend):
+    rng = np.random.default_rng(4)
+    values = [[random_values(rng, 500, dtype) for dtype in DTYPES * 2] for _ in range(4)]
+    params = [nn.Parameter(value.clone()) for value in values[0]]
+    optimizer = optimizer_of(way, case, params)
+    for grads in values[1:]:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    for i, param in enumerate(params):
+        grads = [array_of(grads[i]) for grads in values[1:]]
+        truth, state = oracle_steps(case, array_of(values[0][i]), grads)
+        assert_same_bits(param, truth, name_of(param.dtype))
+        for key, value in state.items():
+            assert_same_bits(optimizer.state[param][key], value, f"{param.dtype} {key}")
+
+
+@cases
+@ways
+@pytest.mark.parametrize("numbers", ["lr", "lr and betas"])
+def test_tensors_as_numbers(case: Case, way, numbers, backend):
+    if numbers != "lr" and not case.step_is_counted:
+        return
+    more: dict[str, Any] = {"lr": torch.tensor(0.01, dtype=torch.float64)}
+    if numbers != "lr":
+        more["betas"] = tuple(torch.tensor(b, dtype=torch.float64) for b in (0.8, 0.95))
+    optimizer = optimizer_of(way, case, params_of(), **copy.deepcopy(more), foreach=False)
+    made: Any = case.torch_class
+    truth = made(params_of(), **{**case.options, **more}, foreach=False)
+    for turn in range(4):
+        for each in (optimizer, truth):
+            train(each, range(turn, turn + 1))
+            each.param_groups[0]["lr"].mul_(0.5)
+    assert_alike(optimizer, truth)
+
+
+# ----- flags switched in mid-training -------------------------------------------------------------
+
+
+@ways
+def test_momentum_switched_on_off_and_on(way, backend):
+    def trained(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        for turn, momentum in enumerate((0.0, 0.9, 0.9, 0.0, 0.5, 0.5)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            train(optimizer, range(turn, turn + 1))
+        return optimizer
+
+    plain = next(case for case in FULL if case.name == "sgd")
+    ours = trained(optimizer_of(way, plain, params_of()))
+    truth = trained(plain.truth(params_of()))
+    for param, expected in zip(
+        ours.param_groups[0]["params"], truth.param_groups[0]["params"], strict=True
+    ):
+        torch.testing.assert_close(param, expected, rtol=1e-11, atol=1e-13)
+
+
+@ways
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_amsgrad_switched_in_mid_training(name, way, backend):
+    case = next(case for case in FULL if case.name == name)
+    optimizer, truth = optimizer_of(way, case, params_of()), case.truth(params_of())
+    for each in (optimizer, truth):
+        train(each, range(2))
+        each.param_groups[0]["amsgrad"] = True
+    before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(params_values(optimizer))
+    with pytest.raises(ValueError, match=r"lacks \['max_exp_avg_sq'\].*amsgrad"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict(), before[0], rtol=0, atol=0)
+    assert all(map(torch.equal, params_values(optimizer), before[1]))
+    for each in (optimizer, truth):
+        for state in each.state.values():
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+        train(each, range(2, 4))
+        each.param_groups[0]["amsgrad"] = False
+        train(each, range(4, 6))
+    assert_alike(optimizer, truth)
+
+
+def params_values(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param.detach() for param in optimizer.param_groups[0]["params"]]
+
+
+# ----- closures and hooks -------------------------------------------------------------------------
+
+
+@ways
+def test_a_closure_is_called_once_with_gradients_enabled(way, backend):
+    param = nn.Parameter(torch.ones(3))
+    optimizer = optimizer_of(way, MOMENTUM, [param])
+    calls = []
+
+    def closure() -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = (param * param).sum()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure) is calls[0]
+        assert not torch.is_grad_enabled()
+    assert len(calls) == 1 and float(param[0]) < 1.0
+    assert optimizer.step() is None
+
+    def breaks() -> float:
+        raise ArithmeticError
+
+    before = param.detach().clone()
+    with pytest.raises(ArithmeticError):
+        optimizer.step(breaks)
+    assert torch.equal(param, before)
+    optimizer.step()  # it is not locked
+
+
+@ways
+def test_hooks_run_once_each_in_torchs_order(way, backend):
+    def events(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> list[str]:
+        seen: list[str] = []
+        start = float(param.detach())
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(stepped, args, kwargs):
+                assert stepped is optimizer
+                moved = float(param.detach()) != start
+                seen.append(f"{name}, {'after' if moved else 'before'}, {args[1:]}, {kwargs}")
+
+            return hook
+
+        handles = [
+            optimizer.register_step_pre_hook(note("first pre")),
+            optimizer.register_step_pre_hook(note("second pre")),
+            optimizer.register_step_post_hook(note("post")),
+            register_optimizer_step_pre_hook(note("global pre")),
+            register_optimizer_step_post_hook(note("global post")),
+        ]
+        try:
+            optimizer.step()
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen.append("removed")
+        optimizer.step(closure=lambda: seen.append("closure"))
+        return seen
+
+    found = []
+    for make in (lambda p: optimizer_of(way, ADAMW, p), ADAMW.truth):
+        param = nn.Parameter(torch.ones(()))
+        param.grad = torch.ones(())
+        found.append(events(make([param]), param))
+    assert found[0] == found[1]
+    assert len(found[0]) == 7
+
+
+@ways
+def test_a_pre_hook_may_change_the_arguments(way, backend):
+    param = nn.Parameter(torch.ones(()))
+    param.grad = torch.ones(())
+    optimizer = optimizer_of(way, ADAMW, [param])
+    optimizer.register_step_pre_hook(lambda stepped, args, kwargs: ((stepped, lambda: 7.0), {}))
+    assert optimizer.step() == 7.0
+
+
+# ----- copies and checkpoints ---------------------------------------------------------------------
+
+
+@cases
+@ways
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_independent_and_go_on(case: Case, way, how, backend):
+    optimizer = optimizer_of(way, case, params_of(), max_norm=3.0)
+    train(optimizer, range(3))
+    made = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    assert type(made) is type(optimizer)
+    assert made.pyupdate_options == optimizer.pyupdate_options
+    before = [value.clone() for value in params_values(optimizer)]
+    train(made, range(3, 6))
+    assert all(map(torch.equal, params_values(optimizer), before))
+    train(optimizer, range(3, 6))
+    for a, b in zip(params_values(optimizer), params_values(made), strict=True):
+        assert_same_bits(a, b, how)
+
+
+@ways
+def test_a_pickle_without_options_loads(way, backend):
+    optimizer = optimizer_of(way, ADAMW, params_of())
+    state = optimizer.__getstate__()
+    del state["pyupdate_options"]
+    made = type(optimizer).__new__(type(optimizer))
+    made.__setstate__(state)
+    train(made, range(2))
+    assert made.state
+
+
+def bounds(
+    case: Case, param: torch.Tensor, state: dict[str, torch.Tensor], grad: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The issue's scaled error bounds of one step, for the parameter and each state."""
+    eps = torch.finfo(compute_type(param.dtype)).eps
+    group = case.ours([nn.Parameter(param)]).param_groups[0]
+    lr, decay = group["lr"], group["weight_decay"]
+    grad = grad.abs()
+    if "adamw" not in case.name:
+        grad = grad + decay * param.abs()
+    least = torch.full_like(param, lr) if case.step_is_counted else lr * 8.0 * grad
+    found = {"param": 8 * eps * torch.maximum(param.abs(), least)}
+    for key, value in state.items():
+        if key == "step":
+            found[key] = torch.zeros(())
+        else:
+            least = grad**2 if key.endswith("_sq") else grad
+            found[key] = 2 * eps * torch.maximum(value.abs(), least)
+    return found
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("flags", [{"foreach": False}, {"fused": True}], ids=["plain", "fused"])
+def test_state_dicts_go_to_torch_and_back_at_every_step(case: Case, dtype, flags, backend):
+    def optimizers() -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        made: Any = case.torch_class
+        return case.ours(params_of(dtype)), made(params_of(dtype), **case.options, **flags)
+
+    given, taken = optimizers()
+    train(given, range(3))
+    for turn in range(3, 13):
+        # What made the last step goes on in an optimizer of the other kind, and both make one.
+        taken = optimizers()[turn % 2]
+        for param, other in zip(params_values(taken), params_values(given), strict=True):
+            param.copy_(other)
+        taken.load_state_dict(copy.deepcopy(given.state_dict()))
+        train(given, range(turn, turn + 1))
+        train(taken, range(turn, turn + 1))
+        for param, other in zip(
+            taken.param_groups[0]["params"], given.param_groups[0]["params"], strict=True
+        ):
+            state, expected = taken.state[param], given.state[other]
+            assert list(state) == list(expected)
+            allowed = bounds(case, other.detach(), expected, other.grad)
+            differences = {"param": (param - other).detach().abs()}
+            differences |= {key: (state[key] - expected[key]).abs() for key in expected}
+            for key, difference in differences.items():
+                assert (difference <= allowed[key]).all(), f"step {turn}, {key}"
+        given = taken
+
+
+@cases
+def test_old_checkpoints(case: Case, backend):
+    # As torch wrote them years ago: flags that did not exist, step counts that were numbers.
+    truth = case.truth(params_of())
+    train(truth, range(3))
+    old = copy.deepcopy(truth.state_dict())
+    flags = ("maximize", "foreach", "capturable", "differentiable", "fused")
+    for group in old["param_groups"]:
+        for flag in (*flags, "decoupled_weight_decay"):
+            group.pop(flag, None)
+    if not case.options.get("maximize", False):
+        old_steps(old)
+        optimizer = case.ours(params_of())
+        for param, value in zip(params_values(optimizer), params_values(truth), strict=True):
+            param.copy_(value)
+        optimizer.load_state_dict(old)
+        train(optimizer, range(3, 6))
+        train(truth, range(3, 6))
+        assert_alike(optimizer, truth)
+
+
+def old_steps(state_dict: dict[str, Any]) -> None:
+    for state in state_dict["state"].values():
+        if "step" in state:
+            state["step"] = int(state["step"])
+
+
+# ----- odd corners --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_differentiable_steps_are_torchs_and_differentiable(name, backend):
+    gradients = []
+    for module in (pyupdate.optim, torch.optim):
+        leaf = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        param = leaf.clone()
+        optimizer = getattr(module, name)([param], lr=0.1, differentiable=True)
+        param.grad = (leaf * torch.arange(1.0, 4.0, dtype=torch.float64)).clone()
+        optimizer.step()
+        (gradient,) = torch.autograd.grad(param.square().sum(), leaf)
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0.0
