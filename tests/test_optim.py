@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drop-in classes behave as torch's in everything but speed: arguments, state, hooks, copies."""
+"""The drop-in classes behave as torch's in all but speed: arguments, state, hooks, copies."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bits import array_of, assert_same_bits, compute_type, oracle_steps, random_values
+from bits import array_of, assert_same_bits, oracle_steps, random_values
 from cases import CASES, DTYPES, FULL, Case, name_of
 from torch import nn
 from torch.optim.optimizer import (
@@ -339,7 +338,7 @@ def test_a_closure_is_called_once_with_gradients_enabled(way, backend):
     with torch.no_grad():
         assert optimizer.step(closure) is calls[0]
         assert not torch.is_grad_enabled()
-    assert len(calls) == 1 and float(param[0]) < 1.0
+    assert len(calls) == 1 and float(param.detach()[0]) < 1.0
     assert optimizer.step() is None
 
     def breaks() -> float:
@@ -398,116 +397,6 @@ def test_a_pre_hook_may_change_the_arguments(way, backend):
     optimizer = optimizer_of(way, ADAMW, [param])
     optimizer.register_step_pre_hook(lambda stepped, args, kwargs: ((stepped, lambda: 7.0), {}))
     assert optimizer.step() == 7.0
-
-
-# ----- copies and checkpoints ---------------------------------------------------------------------
-
-
-@cases
-@ways
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_are_independent_and_go_on(case: Case, way, how, backend):
-    optimizer = optimizer_of(way, case, params_of(), max_norm=3.0)
-    train(optimizer, range(3))
-    made = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-    assert type(made) is type(optimizer)
-    assert made.pyupdate_options == optimizer.pyupdate_options
-    before = [value.clone() for value in params_values(optimizer)]
-    train(made, range(3, 6))
-    assert all(map(torch.equal, params_values(optimizer), before))
-    train(optimizer, range(3, 6))
-    for a, b in zip(params_values(optimizer), params_values(made), strict=True):
-        assert_same_bits(a, b, how)
-
-
-@ways
-def test_a_pickle_without_options_loads(way, backend):
-    optimizer = optimizer_of(way, ADAMW, params_of())
-    state = optimizer.__getstate__()
-    del state["pyupdate_options"]
-    made = type(optimizer).__new__(type(optimizer))
-    made.__setstate__(state)
-    train(made, range(2))
-    assert made.state
-
-
-def bounds(
-    case: Case, param: torch.Tensor, state: dict[str, torch.Tensor], grad: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The issue's scaled error bounds of one step, for the parameter and each state."""
-    eps = torch.finfo(compute_type(param.dtype)).eps
-    group = case.ours([nn.Parameter(param)]).param_groups[0]
-    lr, decay = group["lr"], group["weight_decay"]
-    grad = grad.abs()
-    if "adamw" not in case.name:
-        grad = grad + decay * param.abs()
-    least = torch.full_like(param, lr) if case.step_is_counted else lr * 8.0 * grad
-    found = {"param": 8 * eps * torch.maximum(param.abs(), least)}
-    for key, value in state.items():
-        if key == "step":
-            found[key] = torch.zeros(())
-        else:
-            least = grad**2 if key.endswith("_sq") else grad
-            found[key] = 2 * eps * torch.maximum(value.abs(), least)
-    return found
-
-
-@cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-@pytest.mark.parametrize("flags", [{"foreach": False}, {"fused": True}], ids=["plain", "fused"])
-def test_state_dicts_go_to_torch_and_back_at_every_step(case: Case, dtype, flags, backend):
-    def optimizers() -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-        made: Any = case.torch_class
-        return case.ours(params_of(dtype)), made(params_of(dtype), **case.options, **flags)
-
-    given, taken = optimizers()
-    train(given, range(3))
-    for turn in range(3, 13):
-        # What made the last step goes on in an optimizer of the other kind, and both make one.
-        taken = optimizers()[turn % 2]
-        for param, other in zip(params_values(taken), params_values(given), strict=True):
-            param.copy_(other)
-        taken.load_state_dict(copy.deepcopy(given.state_dict()))
-        train(given, range(turn, turn + 1))
-        train(taken, range(turn, turn + 1))
-        for param, other in zip(
-            taken.param_groups[0]["params"], given.param_groups[0]["params"], strict=True
-        ):
-            state, expected = taken.state[param], given.state[other]
-            assert list(state) == list(expected)
-            allowed = bounds(case, other.detach(), expected, other.grad)
-            differences = {"param": (param - other).detach().abs()}
-            differences |= {key: (state[key] - expected[key]).abs() for key in expected}
-            for key, difference in differences.items():
-                assert (difference <= allowed[key]).all(), f"step {turn}, {key}"
-        given = taken
-
-
-@cases
-def test_old_checkpoints(case: Case, backend):
-    # As torch wrote them years ago: flags that did not exist, step counts that were numbers.
-    truth = case.truth(params_of())
-    train(truth, range(3))
-    old = copy.deepcopy(truth.state_dict())
-    flags = ("maximize", "foreach", "capturable", "differentiable", "fused")
-    for group in old["param_groups"]:
-        for flag in (*flags, "decoupled_weight_decay"):
-            group.pop(flag, None)
-    if not case.options.get("maximize", False):
-        old_steps(old)
-        optimizer = case.ours(params_of())
-        for param, value in zip(params_values(optimizer), params_values(truth), strict=True):
-            param.copy_(value)
-        optimizer.load_state_dict(old)
-        train(optimizer, range(3, 6))
-        train(truth, range(3, 6))
-        assert_alike(optimizer, truth)
-
-
-def old_steps(state_dict: dict[str, Any]) -> None:
-    for state in state_dict["state"].values():
-        if "step" in state:
-            state["step"] = int(state["step"])
 
 
 # ----- odd corners --------------------------------------------------------------------------------

@@ -23,10 +23,13 @@ def optimizer_of(
     way: str, case: Case, params: Any, *, max_norm: float | None = None, **more: Any
 ) -> torch.optim.Optimizer:
     """An optimizer of `pyupdate.optim`, or torch's own, accelerated."""
+    options = {**case.options, **more}
+    name = case.torch_class.__name__
     if way == "ours":
-        return case.ours(params, max_norm=max_norm, **more)
-    made: Any = case.torch_class
-    return pyupdate.accelerate(made(params, **{**case.options, **more}), max_norm=max_norm)
+        ours: Any = getattr(pyupdate.optim, name)
+        return ours(params, max_norm=max_norm, **options)
+    theirs: Any = case.torch_class
+    return pyupdate.accelerate(theirs(params, **options), max_norm=max_norm)
 
 
 def plan_of(optimizer: torch.optim.Optimizer) -> Any:

@@ -15,8 +15,8 @@ namespace pyupdate::cpu {
 namespace {
 
 // Below this many elements another thread costs more than it brings: it has gone to sleep while the
-// plan was refreshed, and waking it took 0.05 to 2 ms on a virtual machine, the time of 10^5 to 10^6
-// elements of AdamW.
+// plan was refreshed, and waking it took 0.05 to 2 ms on a virtual machine, the time of 10^5 to
+// 10^6 elements of AdamW.
 constexpr int64_t kElementsPerThread = 1 << 18;
 constexpr int64_t kItemElements = kChunk;
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies, pickles and checkpoints: to torch's optimizers and back in mid-training, old ones too."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bits import assert_same_bits
+from cases import FULL, Case, name_of
+from test_optim import ADAMW, SIZES, assert_alike, params_of, params_values, train
+from test_oracle import bounds, gradient
+from ways import optimizer_of, ways
+
+cases = pytest.mark.parametrize("case", FULL, ids=str)
+
+
+@cases
+@ways
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_independent_and_go_on(case: Case, way, how, backend):
+    optimizer = optimizer_of(way, case, params_of(), max_norm=3.0)
+    train(optimizer, range(3))
+    made = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    assert type(made) is type(optimizer)
+    assert made.pyupdate_options == optimizer.pyupdate_options
+    before = [value.clone() for value in params_values(optimizer)]
+    train(made, range(3, 6))
+    assert all(map(torch.equal, params_values(optimizer), before))
+    train(optimizer, range(3, 6))
+    for a, b in zip(params_values(optimizer), params_values(made), strict=True):
+        assert_same_bits(a, b, how)
+
+
+@ways
+def test_a_pickle_without_options_loads(way, backend):
+    optimizer = optimizer_of(way, ADAMW, params_of())
+    state = optimizer.__getstate__()
+    del state["pyupdate_options"]
+    made = type(optimizer).__new__(type(optimizer))
+    made.__setstate__(state)
+    train(made, range(2))
+    assert made.state
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("flags", [{"foreach": False}, {"fused": True}], ids=["plain", "fused"])
+def test_state_dicts_go_to_torch_and_back_at_every_step(case: Case, dtype, flags, backend):
+    rng = np.random.default_rng(51)
+    eps = torch.finfo(dtype).eps
+    # Powers that are exact in fp64: the last bit of beta2 ** t would show in fp64 (test_oracle.py).
+    more = {"betas": (0.875, 0.9375)} if case.step_is_counted else {}
+    made: Any = case.torch_class
+
+    def optimizer(ours: bool) -> torch.optim.Optimizer:
+        if ours:
+            return optimizer_of("ours", case, params_of(dtype), **more)
+        return made(params_of(dtype), **{**case.options, **more}, **flags)
+
+    def step_of(stepped: torch.optim.Optimizer, grads: list[np.ndarray]) -> None:
+        for param, grad in zip(stepped.param_groups[0]["params"], grads, strict=True):
+            param.grad = torch.from_numpy(grad).to(dtype)
+        stepped.step()
+
+    given = optimizer(ours=True)
+    for turn in range(13):
+        grads = [gradient(rng, n, case) for n in SIZES]
+        if turn < 3:
+            step_of(given, grads)
+            continue
+        # What made the last step goes on in an optimizer of the other kind, and both make one.
+        taken = optimizer(ours=turn % 2 == 0)
+        for param, other in zip(params_values(taken), params_values(given), strict=True):
+            param.copy_(other)
+        taken.load_state_dict(copy.deepcopy(given.state_dict()))
+        step_of(given, grads)
+        step_of(taken, grads)
+        for i, grad in enumerate(grads):
+            found, expected = (tensors_of(each, i) for each in (taken, given))
+            assert list(found) == list(expected)
+            for key, value in expected.items():
+                if key == "step":
+                    assert found[key] == value == turn + 1
+                    continue
+                allowed = bounds(key, value, grad, case.options["lr"], eps)
+                assert (np.abs(found[key] - value) <= allowed).all(), f"step {turn}, {key}"
+        given = taken
+
+
+def tensors_of(optimizer: torch.optim.Optimizer, index: int) -> dict[str, np.ndarray]:
+    param = optimizer.param_groups[0]["params"][index]
+    tensors = {"param": param.detach(), **optimizer.state.get(param, {})}
+    return {key: value.double().numpy() for key, value in tensors.items()}
+
+
+@cases
+def test_old_checkpoints(case: Case, backend):
+    # As torch wrote them years ago: flags that did not exist, step counts that were numbers.
+    truth = case.truth(params_of())
+    train(truth, range(3))
+    old = copy.deepcopy(truth.state_dict())
+    flags = ("maximize", "foreach", "capturable", "differentiable", "fused")
+    for group in old["param_groups"]:
+        for flag in (*flags, "decoupled_weight_decay"):
+            group.pop(flag, None)
+    if not case.options.get("maximize", False):
+        old_steps(old)
+        optimizer = case.ours(params_of())
+        for param, value in zip(params_values(optimizer), params_values(truth), strict=True):
+            param.copy_(value)
+        optimizer.load_state_dict(old)
+        train(optimizer, range(3, 6))
+        train(truth, range(3, 6))
+        assert_alike(optimizer, truth)
+
+
+def old_steps(state_dict: dict[str, Any]) -> None:
+    for state in state_dict["state"].values():
+        if "step" in state:
+            state["step"] = int(state["step"])
