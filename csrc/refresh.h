@@ -98,11 +98,25 @@ class Plan {
     bool contiguous;
   };
 
+  // A row with a gradient, on its way into the tables. Owns what the state's dict lends.
+  struct Pending {
+    size_t r, g;
+    PyObject* grad;  // owned by grads_
+    bool known_grad;
+    py::object inner;
+    PyObject* found[kMaxStates + 1];
+    size_t present;
+    Read roles[kMaxRoles];
+    int64_t step;
+
+    void release();
+  };
+
   Found read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* state,
                   const std::vector<std::vector<double>>& numbers);
   bool read(PyObject* object, int64_t storage, Read* out) const;
-  bool read_row(const cpu::Passes& passes, size_t r, size_t g, bool known_grad, PyObject* inner,
-                size_t k, bool* fresh);
+  bool read_block(const cpu::Passes& passes, Pending* block, size_t count);
+  bool enter_row(const cpu::Passes& passes, Pending& row);
   void release_grads();
   bool read_step(size_t r, PyObject* step, int64_t* tagged);
   bool add_layout(const Read* roles, int64_t count, Row* row);
@@ -142,6 +156,7 @@ class Plan {
   cpu::Tables tables_;
   std::vector<Written> written_;  // sorted by address: everything that is written
   std::vector<int64_t> noticed_;
+  size_t entered_ = 0;  // rows of this refresh that stand in the tables
   // Against the last refresh: which rows there are, where what is written lies, where gradients
   // lie.
   bool rows_changed_ = true;

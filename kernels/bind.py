@@ -22,7 +22,11 @@ from .language import PRIMITIVES, Text, analyse
 def _numpy() -> dict[str, Any]:
     import numpy
 
-    return {"divide": numpy.divide, "sqrt": numpy.sqrt, "where": numpy.where}
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        chosen = numpy.where(condition, a, b)
+        return chosen.astype(numpy.float32) if _are_literals(a, b) else chosen
+
+    return {"divide": numpy.divide, "sqrt": numpy.sqrt, "where": where}
 
 
 def _torch() -> dict[str, Any]:
@@ -41,7 +45,20 @@ def _torch() -> dict[str, Any]:
         with numpy.errstate(invalid="ignore"):
             return numpy.asarray(numpy.sqrt(x.detach().numpy()))
 
-    return {"divide": torch.div, "sqrt": sqrt, "where": torch.where}
+    def where(condition: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        chosen = torch.where(condition, a, b)
+        return chosen.float() if _are_literals(a, b) else chosen
+
+    return {"divide": torch.div, "sqrt": sqrt, "where": where}
+
+
+def _are_literals(a: object, b: object) -> bool:
+    """Whether a choice between two literals is made, whose type the library cannot know.
+
+    They would become fp64, and all that follows with them; as fp32, which holds every literal, the
+    choice is exact and takes the compute type of what it meets.
+    """
+    return type(a) in (int, float) and type(b) in (int, float)
 
 
 def _triton() -> dict[str, Any]:

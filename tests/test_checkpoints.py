@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies, pickles and checkpoints: to torch's optimizers and back in mid-training, old ones too."""
+"""In mid-training: copies, pickles, checkpoints to torch and back, flags that are switched."""
 
 from __future__ import annotations
 
@@ -104,22 +104,62 @@ def test_old_checkpoints(case: Case, backend):
     truth = case.truth(params_of())
     train(truth, range(3))
     old = copy.deepcopy(truth.state_dict())
-    flags = ("maximize", "foreach", "capturable", "differentiable", "fused")
     for group in old["param_groups"]:
-        for flag in (*flags, "decoupled_weight_decay"):
+        for flag in ("foreach", "capturable", "differentiable", "fused"):
             group.pop(flag, None)
-    if not case.options.get("maximize", False):
-        old_steps(old)
-        optimizer = case.ours(params_of())
-        for param, value in zip(params_values(optimizer), params_values(truth), strict=True):
-            param.copy_(value)
-        optimizer.load_state_dict(old)
-        train(optimizer, range(3, 6))
-        train(truth, range(3, 6))
-        assert_alike(optimizer, truth)
-
-
-def old_steps(state_dict: dict[str, Any]) -> None:
-    for state in state_dict["state"].values():
+        if not group["maximize"]:
+            del group["maximize"]
+        if case.torch_class is torch.optim.Adam:
+            del group["decoupled_weight_decay"]
+    for state in old["state"].values():
         if "step" in state:
             state["step"] = int(state["step"])
+    optimizer = case.ours(params_of())
+    for param, value in zip(params_values(optimizer), params_values(truth), strict=True):
+        param.copy_(value)
+    optimizer.load_state_dict(old)
+    train(optimizer, range(3, 6))
+    train(truth, range(3, 6))
+    assert_alike(optimizer, truth)
+
+
+# ----- flags switched in mid-training -------------------------------------------------------------
+
+
+@ways
+def test_momentum_switched_on_off_and_on(way, backend):
+    def trained(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        for turn, momentum in enumerate((0.0, 0.9, 0.9, 0.0, 0.5, 0.5)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            train(optimizer, range(turn, turn + 1))
+        return optimizer
+
+    plain = next(case for case in FULL if case.name == "sgd")
+    ours = trained(optimizer_of(way, plain, params_of()))
+    truth = trained(plain.truth(params_of()))
+    for param, expected in zip(
+        ours.param_groups[0]["params"], truth.param_groups[0]["params"], strict=True
+    ):
+        torch.testing.assert_close(param, expected, rtol=1e-11, atol=1e-13)
+
+
+@ways
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_amsgrad_switched_in_mid_training(name, way, backend):
+    case = next(case for case in FULL if case.name == name)
+    optimizer, truth = optimizer_of(way, case, params_of()), case.truth(params_of())
+    for each in (optimizer, truth):
+        train(each, range(2))
+        each.param_groups[0]["amsgrad"] = True
+    before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(params_values(optimizer))
+    with pytest.raises(ValueError, match=r"lacks \['max_exp_avg_sq'\].*amsgrad"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict(), before[0], rtol=0, atol=0)
+    assert all(map(torch.equal, params_values(optimizer), before[1]))
+    for each in (optimizer, truth):
+        for state in each.state.values():
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+        train(each, range(2, 4))
+        each.param_groups[0]["amsgrad"] = False
+        train(each, range(4, 6))
+    assert_alike(optimizer, truth)

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from compiling import compiler, rules_of, shared_library
 
 from pyupdate.kernels import emit_cpp, rules
@@ -156,3 +157,38 @@ def test_bound_functions_find_what_an_import_looks_for():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "[1.5, 1.5]\n", done.stderr
     assert "__builtins__" in bind(rules.coupled_decay, "torch").__globals__
+
+
+_LITERALS = """
+@rule(state={}, prepare=prepare)
+def toy(param, grad, lr):
+    size = where(grad > 0.0, 1.5, where(grad < -1.0, 2, 0.75))
+    param = param - lr * grad * size
+    return param
+
+RULES = {"toy": toy}
+"""
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_choice_between_literals_keeps_the_compute_type(kind, tmp_path):
+    text = rules_of(_LITERALS, tmp_path)["toy"].stages[0].function.text
+    rng = np.random.default_rng(63)
+    param, grad = (rng.standard_normal(10_000).astype(kind) for _ in range(2))
+    lr = kind(0.1)
+    size = np.where(grad > 0, kind(1.5), np.where(grad < -1, kind(2), kind(0.75)))
+    expected = param - lr * grad * size
+    found = bind(text, "numpy")(param, grad, lr)
+    assert found.dtype == kind
+    assert np.array_equal(found, expected)
+    before = torch.get_default_dtype()
+    try:
+        for default in (torch.float32, torch.float64):
+            torch.set_default_dtype(default)
+            rate = torch.from_numpy(np.array(lr))
+            tensors = torch.from_numpy(param), torch.from_numpy(grad), rate
+            found = bind(text, "torch")(*tensors).numpy()
+            assert found.dtype == kind
+            assert np.array_equal(found, expected)
+    finally:
+        torch.set_default_dtype(before)

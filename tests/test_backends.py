@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a back end: by environment, by context, by device; and what happens without one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bits import assert_same_bits
+from cases import FULL, Case
+from conftest import ISAS
+from torch import nn
+from ways import optimizer_of, plan_of, ways
+
+import pyupdate
+from pyupdate import backends
+from pyupdate.pytorch.step import last_step
+
+ADAMW = next(case for case in FULL if case.name == "adamw")
+cases = pytest.mark.parametrize("case", FULL, ids=str)
+
+
+# ----- by environment -----------------------------------------------------------------------------
+
+_STEP = """
+import json, logging, sys
+records = []
+class Kept(logging.Handler):
+    def emit(self, record):
+        records.append((record.name, record.levelname, record.getMessage()))
+logging.getLogger().addHandler(Kept())
+{before}
+import torch, pyupdate
+from pyupdate.pytorch.step import engine_of
+answer = dict(error=None, backends=None, isa=None)
+try:
+    for _ in range(2):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = pyupdate.optim.SGD([param], lr=0.5)
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            optimizer.step()
+        (plan,) = engine_of(optimizer).plans.values()
+        answer["backends"] = plan.backends
+    if plan.backends == ("cpu",):
+        from pyupdate import _C
+        answer["isa"] = _C.isa()
+    assert param.tolist() == [0.0] * 3
+except Exception as error:
+    answer["error"] = f"{{type(error).__name__}}: {{error}}"
+answer["records"] = records
+print(json.dumps(answer))
+"""
+
+_NO_MODULE = "sys.modules['pyupdate._C'] = None  # as if it had not been built"
+
+
+def in_a_process(before: str = "", **environment: str) -> dict:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("PYUPDATE_")}
+    out = subprocess.run(
+        [sys.executable, "-c", _STEP.format(before=before)],
+        env={**plain, **environment},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stderr == ""
+    answer: dict = json.loads(out.stdout)
+    return answer
+
+
+def test_auto_prefers_the_compiled_one(compiled):
+    for environment in ({}, {"PYUPDATE_BACKEND": "auto"}, {"PYUPDATE_BACKEND": ""}):
+        answer = in_a_process(**environment)
+        assert answer["error"] is None
+        assert answer["backends"] == ["cpu"]
+        assert answer["records"] == []
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_an_explicit_choice_by_environment(name, compiled):
+    for spelling in (name, name.upper(), f" {name} "):
+        answer = in_a_process(PYUPDATE_BACKEND=spelling)
+        assert (answer["error"], answer["backends"]) == (None, [name])
+
+
+def test_an_unknown_name_in_the_environment_names_the_known():
+    answer = in_a_process(PYUPDATE_BACKEND="gpu")
+    expected = "ValueError: PYUPDATE_BACKEND: no back end is named 'gpu'; there are: auto, "
+    assert answer["error"] == expected + "cpu, reference"
+
+
+def test_without_the_module_an_explicit_choice_says_why():
+    answer = in_a_process(_NO_MODULE, PYUPDATE_BACKEND="cpu")
+    start = "RuntimeError: PYUPDATE_BACKEND: back end 'cpu' cannot run here: "
+    assert answer["error"].startswith(start)
+    assert len(answer["error"]) > len(start) + 10  # a reason
+    assert in_a_process(_NO_MODULE, PYUPDATE_BACKEND="reference")["error"] is None
+
+
+def test_without_the_module_auto_falls_back_and_says_so_once():
+    answer = in_a_process(_NO_MODULE)
+    assert (answer["error"], answer["backends"]) == (None, ["reference"])
+    ((logger, level, message),) = answer["records"]
+    assert (logger, level) == ("pyupdate", "WARNING")
+    assert message.startswith("back end 'cpu' cannot run here, falling back: ")
+
+
+def test_a_torch_without_the_exchange_api_falls_back(compiled):
+    before = "import torch; del torch.Tensor.__dlpack_c_exchange_api__"
+    answer = in_a_process(before)
+    assert (answer["error"], answer["backends"]) == (None, ["reference"])
+    assert "torch 2.10" in answer["records"][0][2]
+    answer = in_a_process(before, PYUPDATE_BACKEND="cpu")
+    assert "has no DLPack C exchange API; it came with torch 2.10" in answer["error"]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_instruction_set_by_environment(isa, compiled):
+    answer = in_a_process(PYUPDATE_ISA=isa, PYUPDATE_BACKEND="cpu")
+    if isa in compiled.isas():
+        assert (answer["error"], answer["isa"]) == (None, isa)
+    else:
+        assert f"instruction set '{isa}' is not built or cannot run here" in answer["error"]
+
+
+def test_an_unknown_instruction_set_names_the_known(compiled):
+    answer = in_a_process(PYUPDATE_ISA="v9", PYUPDATE_BACKEND="cpu")
+    known = ", ".join(compiled.isas())
+    assert answer["error"].startswith("RuntimeError: PYUPDATE_BACKEND: back end 'cpu' cannot run")
+    assert "PYUPDATE_ISA: instruction set 'v9' is not built or cannot run here" in answer["error"]
+    assert answer["error"].endswith(f"there are: {known}")
+    answer = in_a_process(PYUPDATE_ISA="v9")  # auto says so and goes on
+    assert (answer["error"], answer["backends"]) == (None, ["reference"])
+    assert "v9" in answer["records"][0][2]
+    with pytest.raises(ValueError, match=f"'v9' is not built.*there are: {known}"):
+        compiled.use_isa("v9")
+
+
+# ----- by context ---------------------------------------------------------------------------------
+
+
+def test_contexts_nest_and_are_restored(compiled, monkeypatch):
+    monkeypatch.delenv("PYUPDATE_BACKEND", raising=False)
+    assert backends.choice() == "auto"
+    with pyupdate.use_backend("cpu"):
+        with pyupdate.use_backend("reference"):
+            assert backends.choice() == "reference"
+            with pyupdate.use_backend("auto"):
+                assert backends.choice() == "auto"
+            assert backends.choice() == "reference"
+        assert backends.choice() == "cpu"
+        with pytest.raises(KeyError), pyupdate.use_backend("reference"):
+            raise KeyError
+        assert backends.choice() == "cpu"
+    assert backends.choice() == "auto"
+    monkeypatch.setenv("PYUPDATE_BACKEND", "reference")
+    assert backends.choice() == "reference"
+    with pyupdate.use_backend("auto"):
+        assert backends.choice() == "auto"
+
+
+def test_an_unknown_name_is_refused_at_once():
+    with (
+        pytest.raises(ValueError, match="use_backend: no back end is named 'cuda'.*auto, cpu"),
+        pyupdate.use_backend("cuda"),
+    ):
+        pytest.fail("entered")
+    assert backends.choice() in ("auto", os.environ.get("PYUPDATE_BACKEND", "auto"))
+
+
+@cases
+@ways
+def test_back_ends_may_change_between_steps(case: Case, way, compiled):
+    def trained(names: list[str]) -> torch.optim.Optimizer:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(n)) for n in (5, 3000)]
+        optimizer = optimizer_of(way, case, params, max_norm=0.5)
+        for name in names:
+            for param in params:
+                param.grad = torch.randn(param.shape)
+            with pyupdate.use_backend(name):
+                optimizer.step()
+            assert plan_of(optimizer).backends == (name,)
+        return optimizer
+
+    found = trained(["cpu", "reference", "reference", "cpu", "reference"])
+    expected = trained(["cpu"] * 5)
+    assert_same_optimizer(found, expected)
+
+
+def assert_same_optimizer(found: torch.optim.Optimizer, expected: torch.optim.Optimizer) -> None:
+    for group, other in zip(found.param_groups, expected.param_groups, strict=True):
+        for i, (param, twin) in enumerate(zip(group["params"], other["params"], strict=True)):
+            assert_same_bits(param, twin, f"parameter {i}")
+            assert found.state.get(param, {}).keys() == expected.state.get(twin, {}).keys()
+            for key, value in expected.state.get(twin, {}).items():
+                assert_same_bits(found.state[param][key], value, f"{key} of {i}")
+
+
+# ----- several in one model -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(monkeypatch, compiled):
+    """A back end for each parameter in turn, as if it depended on its device."""
+    from pyupdate.pytorch import plan
+
+    turn = [0]
+    by_name = {backend.name: backend for backend in backends.BACKENDS}
+
+    def alternating(device_type: str) -> backends.Backend:
+        turn[0] += 1
+        return by_name["reference" if turn[0] % 2 else "cpu"]
+
+    def switch(on: bool) -> None:
+        turn[0] = 0
+        made = alternating if on else lambda device_type: by_name["cpu"]
+        monkeypatch.setattr(plan, "backend_for", made)
+
+    return switch
+
+
+SIZES = (40_000, 3, 0, 2047, 1, 20_000, 7)
+
+
+def params_and_groups(case: Case) -> tuple[list[nn.Parameter], list[dict]]:
+    generator = torch.Generator().manual_seed(3)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    params = [
+        nn.Parameter(torch.randn(n, generator=generator).to(dtypes[i % 3]))
+        for i, n in enumerate(SIZES)
+    ]
+    return params, [{"params": params[:3]}, {"params": params[3:], "lr": 0.5 * case.options["lr"]}]
+
+
+@cases
+@ways
+@pytest.mark.parametrize("max_norm", [None, 0.7], ids=["plain", "max_norm"])
+def test_a_model_on_several_back_ends_has_one_norm(case: Case, way, max_norm, mixed):
+    # The bits of all on one: the sums of the rows are added in the order of the rows.
+    results = []
+    for several in (False, True):
+        mixed(several)
+        params, groups = params_and_groups(case)
+        optimizer = optimizer_of(way, case, groups, max_norm=max_norm)
+        generator = torch.Generator().manual_seed(4)
+        norms = []
+        for turn in range(6):
+            scaler = torch.amp.GradScaler("cpu", init_scale=3.0, enabled=turn >= 3)
+            scaler.scale(torch.zeros(()))
+            for param in params:
+                grad = torch.randn(param.shape, generator=generator) * 3.0
+                param.grad = grad.to(param.dtype)
+            if turn == 2:
+                params[1].grad = params[3].grad = None
+            if turn == 4:
+                params[5].grad[-1] = float("nan")
+            optimizer.step(grad_scaler=scaler)
+            norms.append(last_step(optimizer))
+        assert plan_of(optimizer).backends == (("cpu", "reference") if several else ("cpu",))
+        results.append((optimizer, norms))
+    (one, norms), (several, others) = results
+    assert [str(each) for each in norms] == [str(each) for each in others]
+    assert [each.skipped for each in norms] == [turn == 4 for turn in range(6)]
+    assert_same_optimizer(several, one)
+
+
+def test_what_one_back_end_refuses_no_other_has_written(mixed):
+    for broken in range(2):  # a row of each
+        mixed(True)
+        params = [nn.Parameter(torch.ones(5)) for _ in range(4)]
+        optimizer = pyupdate.optim.AdamW(params)
+        for param in params:
+            param.grad = torch.ones(5)
+        optimizer.step()
+        before = [param.detach().clone() for param in params]
+        steps = [float(optimizer.state[param]["step"]) for param in params]
+        optimizer.state[params[broken]]["step"].fill_(-1.0)
+        with pytest.raises(ValueError, match=f"state 'step' of 'group 0, parameter {broken}'"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        optimizer.state[params[broken]]["step"].fill_(1.0)
+        assert [float(optimizer.state[param]["step"]) for param in params] == steps
+
+
+def test_a_parameter_on_another_device_goes_to_reference(compiled, caplog):
+    # There is none here, so the registry is asked.
+    with caplog.at_level(logging.WARNING, "pyupdate"):
+        for choice in ("auto", "cpu"):
+            with pyupdate.use_backend(choice):
+                assert backends.backend_for("cpu").name == "cpu"
+                assert backends.backend_for("cuda").name == "reference"
+        with pyupdate.use_backend("reference"):
+            assert backends.backend_for("cpu").name == "reference"
+    assert not caplog.records  # nothing was missing
+
+
+def test_available_names_every_back_end_with_its_reason(compiled):
+    assert backends.available() == [("cpu", None), ("reference", None)]

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forked and spawned processes, threads of Python, threads of the passes, and the GIL."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bits import assert_same_bits
+from cases import FULL
+from torch import nn
+from ways import optimizer_of, ways
+
+import pyupdate
+
+ADAMW = next(case for case in FULL if case.name == "adamw")
+WATCHDOG = 30.0  # seconds
+
+LARGE = 400_000  # elements: enough for every thread that is asked for
+
+
+def trained(way: str, steps: int, size: int = LARGE, seed: int = 0) -> torch.optim.Optimizer:
+    generator = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.randn(n, generator=generator)) for n in (size, 3, 70_000)]
+    optimizer = optimizer_of(way, ADAMW, params, max_norm=1.0)
+    go_on(optimizer, steps, seed)
+    return optimizer
+
+
+def go_on(optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(100 + seed)
+    for _ in range(steps):
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+
+def fingerprint(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Of all bits of the parameters and their state; no library's threads are needed for it."""
+    found = []
+    for param in optimizer.param_groups[0]["params"]:
+        for value in (param.detach(), *optimizer.state[param].values()):
+            found.append(hash(value.numpy().tobytes()))
+    return found
+
+
+def in_a_child(work: Callable[[], Any]) -> Any:
+    """What the function returns in a forked child; fails if the child does not end."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # no pytest in here: no return, no exception
+        try:
+            answer = repr(work())
+        except BaseException as error:
+            answer = repr(f"{type(error).__name__}: {error}")
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write(answer)
+        os._exit(0)
+    os.close(writing)
+    watchdog = threading.Timer(WATCHDOG, os.kill, (child, 9))
+    watchdog.start()
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    watchdog.cancel()
+    assert status == 0, f"the child did not end by itself: status {status}"
+    return eval(answer, {"__builtins__": {}})
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@forks
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@ways
+def test_a_step_in_a_forked_child(way, compiled, two_threads):
+    with pyupdate.use_backend("cpu"):
+        optimizer = trained(way, 2)  # a parallel region has run before the fork
+        expected = trained(way, 4)
+        generator_state_of_steps = trained(way, 2)
+        assert fingerprint(optimizer) == fingerprint(generator_state_of_steps)
+
+        def work() -> list[int]:
+            # The generator starts anew in go_on, so the child repeats the first two gradients.
+            go_on(optimizer, 2)
+            return fingerprint(optimizer)
+
+        before = fingerprint(optimizer)
+        theirs = in_a_child(work)
+        assert fingerprint(optimizer) == before  # the child's memory is its own
+        go_on(optimizer, 2)
+        assert theirs == fingerprint(optimizer)
+        assert theirs != fingerprint(expected)  # other gradients, as the comment says
+
+
+@forks
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_child_and_a_fresh_optimizer(compiled, two_threads):
+    with pyupdate.use_backend("cpu"):
+        expected = fingerprint(trained("ours", 2))
+
+        def work() -> list[int]:
+            assert fingerprint(trained("ours", 2)) == expected
+            return in_a_child(lambda: fingerprint(trained("ours", 2)))
+
+        assert in_a_child(work) == expected
+        assert compiled.build_info()["threading"] in ("OpenMP", "threads")
+        told = in_a_child(lambda: compiled.build_info()["threading"])
+        assert told in ("threads (forked child)", "threads")
+
+
+def in_a_spawned_process(way: str, answers: Any) -> None:
+    answers.put(fingerprint(trained(way, 3, size=1000)))
+
+
+@ways
+def test_a_spawned_process(way, backend, monkeypatch):
+    monkeypatch.setenv("PYUPDATE_BACKEND", backend)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # two processes, one hash
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=in_a_spawned_process, args=(way, answers)) for _ in "12"]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=4 * WATCHDOG) for _ in processes]
+    for process in processes:
+        process.join(WATCHDOG)
+        assert process.exitcode == 0
+    assert found[0] == found[1]
+
+
+# ----- threads of Python --------------------------------------------------------------------------
+
+
+def together(*works: Callable[[], None]) -> list[BaseException]:
+    """Run all at once; what they raised."""
+    raised: list[BaseException] = []
+    start = threading.Barrier(len(works))
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            start.wait()
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(4 * WATCHDOG)
+        assert not thread.is_alive()
+    return raised
+
+
+@ways
+def test_threads_step_different_optimizers(way, compiled, monkeypatch, two_threads):
+    # A thread starts with an empty context, so the choice comes from the environment.
+    monkeypatch.setenv("PYUPDATE_BACKEND", "cpu")
+    expected = [fingerprint(trained(way, 6, 50_000, seed)) for seed in range(3)]
+    found: dict[int, list[int]] = {}
+
+    def work(seed: int) -> Callable[[], None]:
+        def run() -> None:
+            torch.set_num_threads(2)
+            found[seed] = fingerprint(trained(way, 6, 50_000, seed))
+
+        return run
+
+    assert together(*(work(seed) for seed in range(3))) == []
+    assert [found[seed] for seed in range(3)] == expected
+
+
+@ways
+def test_threads_step_the_same_optimizer(way, backend, monkeypatch, two_threads):
+    # Right or refused: as many steps as did not raise, and every bit as if one thread made them.
+    monkeypatch.setenv("PYUPDATE_BACKEND", backend)
+    optimizer = trained(way, 1)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    made: list[int] = []
+
+    def work() -> None:
+        for _ in range(12):
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                assert str(error) == "this optimizer is being stepped by another thread"
+            else:
+                made.append(1)
+
+    assert together(work, work, work) == []
+    truth = trained(way, 1)
+    for param in truth.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    for _ in made:
+        truth.step()
+    assert len(made) >= 12  # somebody always gets on
+    assert fingerprint(optimizer) == fingerprint(truth)
+    for param in optimizer.param_groups[0]["params"]:
+        assert float(optimizer.state[param]["step"]) == 1 + len(made)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["apply", "reduce and apply"])
+def test_the_gil_is_free_during_a_long_step(scaled, compiled):
+    # With this switch interval no thread is ever asked to hand the GIL on: the other one can only
+    # count while somebody has let go of it.
+    param = nn.Parameter(torch.zeros(48_000_000))
+    param.grad = torch.ones_like(param)
+    with pyupdate.use_backend("cpu"):
+        optimizer = pyupdate.optim.SGD([param], lr=0.5, max_norm=1.0 if scaled else None)
+        optimizer.step()
+        counted, stop = [0], threading.Event()
+
+        def count() -> None:
+            while not stop.is_set():
+                counted[0] += 1
+                os.sched_yield()  # lets go of the GIL
+
+        before = sys.getswitchinterval()
+        thread = threading.Thread(target=count)
+        thread.start()
+        try:
+            sys.setswitchinterval(1000.0)
+            held = counted[0]
+            sum(range(300_000))  # plain Python keeps it
+            kept = counted[0]
+            optimizer.step()
+            during = counted[0]
+        finally:
+            sys.setswitchinterval(before)
+            stop.set()
+            thread.join()
+    assert kept == held
+    assert during > kept
+
+
+# ----- threads of the passes ----------------------------------------------------------------------
+
+_THREADS = """
+import os, sys
+import torch, pyupdate
+wanted = int(sys.argv[1])
+param = torch.nn.Parameter(torch.zeros(1_000_000))
+param.grad = torch.zeros(1_000_000)
+optimizer = pyupdate.optim.AdamW([param], max_norm=1.0)
+torch.set_num_threads(1)
+for _ in range(2):
+    optimizer.step()
+alone = len(os.listdir("/proc/self/task"))
+torch.set_num_threads(wanted)
+for _ in range(3):
+    optimizer.step()
+print(len(os.listdir("/proc/self/task")) - alone)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc/self/task")
+@pytest.mark.parametrize("wanted", [1, 2, 5])
+def test_torchs_number_of_threads_is_honoured(wanted, compiled):
+    if compiled.build_info()["threading"] != "OpenMP":
+        pytest.skip("the threads of this build end with each step")
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _THREADS, str(wanted)],
+        env={**os.environ, "PYUPDATE_BACKEND": "cpu", "OMP_DYNAMIC": "false"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) == wanted - 1
+
+
+def test_the_bits_do_not_depend_on_threads(compiled, threads):
+    def result(count: int) -> list[int]:
+        torch.set_num_threads(count)
+        return fingerprint(trained("ours", 2))
+
+    with pyupdate.use_backend("cpu"):
+        expected = result(threads[0])
+        for count in threads[1:]:
+            assert result(count) == expected, f"{count} threads"
+        torch.set_num_threads(2)
+        optimizer = trained("ours", 1)
+        torch.set_num_threads(3)  # between two steps of one plan
+        go_on(optimizer, 1)
+        twin = trained("ours", 1)
+        go_on(twin, 1)
+        for a, b in zip(
+            optimizer.param_groups[0]["params"], twin.param_groups[0]["params"], strict=True
+        ):
+            assert_same_bits(a, b, "threads")
