@@ -51,8 +51,9 @@ def checkout(tmp_path: Path) -> Path:
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The doctor, with the modules of a folder before all others."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYUPDATE_", "PYTHON"))}
+    # -S: the finder of an editable install would look for what the folder lacks in the checkout.
     return subprocess.run(
-        [sys.executable, "-m", "pyupdate", *arguments],
+        [sys.executable, "-S", "-m", "pyupdate", *arguments],
         cwd=folder,
         env={**env, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), **environment},
         capture_output=True,

@@ -221,8 +221,7 @@ print(*peaks)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("kind", "scaled"), [("sgd", False), ("adamw", True)])
 def test_a_step_copies_nothing(kind, scaled, compiled):
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _BIG_STEP, kind, str(scaled)],

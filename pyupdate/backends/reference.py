@@ -14,6 +14,7 @@ import torch
 from ..kernels.bind import bind
 from ..kernels.reduction import sum_of_row
 from ..kernels.rules import nonfinite, squared
+from ..pytorch.forks import one_thread_in_forked_child
 from ..pytorch.rows import (
     GroupRule,
     Inputs,
@@ -44,6 +45,7 @@ class Part:
         self._made: frozenset[int] = frozenset()
         self._listed: list[int] | None = None
 
+    @one_thread_in_forked_child()
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
         listed = [id(param) for group in inputs.groups for param in group["params"]]
@@ -62,6 +64,7 @@ class Part:
         check_all_memory(self.rows, self._rules, inputs)
         return fresh
 
+    @one_thread_in_forked_child()
     def reduce(self, inputs: Inputs, unscale: float) -> tuple[bool, dict[int, float]]:
         """After a `check`: whether an inf or nan was found, and each row's sum of squares."""
         del inputs
@@ -75,6 +78,7 @@ class Part:
                 found = found or bool(bind(nonfinite, "torch")(scaled).any())
         return found, sums
 
+    @one_thread_in_forked_child()
     def apply(self, inputs: Inputs, multiplier: float) -> None:
         """After a `check` that found all state: write."""
         with torch.no_grad():

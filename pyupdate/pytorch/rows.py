@@ -12,6 +12,7 @@ import torch
 
 from ..kernels.language import Rule
 from . import checks
+from .forks import one_thread_in_forked_child
 
 Group = dict[str, Any]
 State = Mapping[torch.Tensor, dict[str, Any]]
@@ -158,6 +159,7 @@ def mend_row(row: Row, inputs: Inputs) -> bool:
     return mended
 
 
+@one_thread_in_forked_child()
 def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) -> None:
     """Refuse a step of these rows that would write one place twice; exact, so slow."""
     memories = []
@@ -177,6 +179,7 @@ def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: In
     checks.check_memory(memories)
 
 
+@one_thread_in_forked_child()
 def make_state(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) -> None:
     """Give parameters the state that torch's optimizer would, under torch's keys.
 
