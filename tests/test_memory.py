@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import nn
 from ways import Held, held, optimizer_of, plan_of, snapshot, ways
 
 import pyupdate
+from pyupdate.pytorch.step import last_step
 
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 ADAMW = next(case for case in FULL if case.name == "adamw")
@@ -73,6 +75,23 @@ def _arrays(param: torch.Tensor, *grads: torch.Tensor):
     return array_of(param), [array_of(grad) for grad in grads]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("expanded", [False, True])
+def test_more_elements_than_32_bits_count(expanded, compiled):
+    size = 2**31 + 16_385  # 4 GB of bf16, and as much of gradient unless that is expanded
+    param = nn.Parameter(torch.zeros(size, dtype=torch.bfloat16))
+    one = torch.ones(1, dtype=torch.bfloat16)
+    param.grad = one.expand(size) if expanded else torch.ones_like(param)
+    optimizer = pyupdate.optim.SGD([param], lr=1.0, max_norm=1e9)
+    with pyupdate.use_backend("cpu"):
+        optimizer.step()
+    for start in range(0, size, 1 << 28):
+        part = param.detach()[start : start + (1 << 28)]
+        assert bool((part == -1.0).all()), start
+    last = last_step(optimizer)
+    assert last is not None and last.norm == size**0.5
+
+
 # ----- version counters ---------------------------------------------------------------------------
 
 
@@ -98,11 +117,10 @@ def _three(case: Case, way: str, **more) -> tuple[list[nn.Parameter], torch.opti
 @ways
 def test_everything_written_is_known_to_autograd(case: Case, way, backend):
     params, optimizer = _three(case, way)
-    for turn in range(4):
-        if turn == 2:
-            params[1].grad = None
-        if turn == 3:
-            optimizer.load_state_dict(optimizer.state_dict())
+    for turn in range(8):
+        params[1].grad = None if turn in (2, 7) else torch.ones(1)
+        if turn == 4:  # state that the plan has not made, in tensors of no common origin
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         before = {key: value._version for key, value in _written(optimizer).items()}
         untouched = params[1]._version
         grads = [param.grad._version for param in params if param.grad is not None]

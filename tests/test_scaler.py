@@ -149,11 +149,13 @@ def test_gradients_keep_their_scale(way, backend):
 
 @cases
 @ways
-def test_unscaling_is_one_rounding_of_the_gradient(case: Case, way, backend):
-    # The truth to the bit: the oracle with 1 / scale, for a scale that is no power of two.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_unscaling_is_one_rounding_of_the_gradient(case: Case, way, dtype, backend):
+    # The truth to the bit: the oracle with 1 / scale, for a scale that is no power of two. Torch
+    # rounds 1 / scale to fp32 whatever the gradients are.
     scale = 1000.0
     rng = np.random.default_rng(5)
-    values = [random_values(rng, 5000, torch.float32) for _ in range(4)]
+    values = [random_values(rng, 5000, dtype) for _ in range(4)]
     param = nn.Parameter(values[0].clone())
     optimizer = optimizer_of(way, case, [param])
     scaler = scaler_of(scale)
@@ -329,6 +331,24 @@ def test_a_scaler_that_has_scaled_nothing_raises_torchs_error(backend):
         Scaler("cpu").step(torch.optim.AdamW(params))
     assert type(ours.value) is type(torchs.value)
     assert not optimizer.state
+
+
+def test_skips_are_not_counted_where_fp32_cannot_count(compiled):
+    # Torch's counter of one fp32 stands still at 2^24; the plan's own goes on, and skips do not.
+    param = nn.Parameter(torch.ones(3))
+    with pyupdate.use_backend("cpu"):
+        optimizer = pyupdate.optim.AdamW([param])
+        param.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.state[param]["step"].fill_(2.0**24 - 2)
+        count = 2**24 - 2
+        for turn in range(8):
+            bad = turn in (3, 5)
+            param.grad = torch.full((3,), math.nan if bad else 1.0)
+            optimizer.step(grad_scaler=scaler_of(1.0))
+            count += not bad
+            assert float(optimizer.state[param]["step"]) == float(np.float32(count))
+    assert count == 2**24 + 4
 
 
 def test_fp16_gradients_are_unscaled(backend):
