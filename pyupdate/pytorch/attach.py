@@ -12,9 +12,6 @@ from pyupdate import frameworks
 
 from . import apply
 
-_NAMED: dict[str, str] = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
-"""What `build` calls an optimizer, and its class in `pyupdate.optim`."""
-
 _names_given: Counter[str] = Counter()
 
 
@@ -46,15 +43,16 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, max_norm: float | Non
     from pyupdate import optim
 
     if isinstance(optimizer, str):
-        name = _NAMED.get(optimizer.lower())
-        if name is None:
-            known = ", ".join(repr(known) for known in _NAMED)
+        named = {name.lower(): kind for name, kind in optim.CLASSES.items()}
+        kind = named.get(optimizer.lower())
+        if kind is None:
+            known = ", ".join(map(repr, sorted(named)))
             message = (
                 f"optimizer {optimizer!r} is unknown: give one of {known}, a callable on the "
                 "parameters such as lambda p: torch.optim.Adagrad(p), or an optimizer"
             )
             raise ValueError(message)
-        return getattr(optim, name)(params, max_norm=max_norm)
+        return kind(params, max_norm=max_norm)
     made = optimizer
     if not apply.is_optimizer(made) and callable(made):
         made = made(params)

@@ -62,11 +62,11 @@ def row_of(optimizer: Optimizer) -> OptimizerRow | None:
 
 def has_rule(optimizer: object) -> bool:
     """Whether `step` can step it: one of ours, or a stock one whose ``step`` nobody replaced."""
-    from .. import optim
+    from ..optim.planned import Planned
 
     if not isinstance(optimizer, Optimizer):
         return False
-    if isinstance(optimizer, optim.Planned):
+    if isinstance(optimizer, Planned):
         return True
     if type(optimizer) not in ROWS:
         return False

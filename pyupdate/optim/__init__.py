@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in optimizers: torch's constructors, state keys and checkpoints; pyupdate's step.
+
+    optimizer = pyupdate.optim.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)
+
+A class is torch's own class with another ``step`` and the keywords of `pyupdate.options.Options`.
+The flags ``foreach`` and ``fused`` are checked as torch does and otherwise make no difference;
+``differentiable=True`` runs torch's own step.
+"""
+
+from __future__ import annotations
+
+from . import stock
+from .adopt import accelerate
+from .planned import Planned
+from .stock import SGD, Adam, AdamW
+
+CLASSES: dict[str, type[Planned]] = {
+    name: kind
+    for home in (stock,)
+    for name, kind in vars(home).items()
+    if isinstance(kind, type) and issubclass(kind, Planned) and kind is not Planned
+}
+"""Every optimizer class by its name; `pyupdate.build` takes the names in any case."""
+
+__all__ = ["SGD", "Adam", "AdamW", "accelerate"]

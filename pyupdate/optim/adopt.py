@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``accelerate``: a stock torch optimizer steps through pyupdate from now on."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch.optim import Optimizer
+
+from ..options import Options
+from ..pytorch import step as engine
+from .planned import DROP_INS, Planned
+
+_O = TypeVar("_O", bound=Optimizer)
+
+
+def accelerate(optimizer: _O, *, max_norm: float | None = None) -> _O:
+    """Make a stock torch optimizer step through pyupdate; its state and groups stay in place.
+
+    The object becomes an instance of the drop-in class (a subclass of its own), so that
+    ``optimizer.step()``, ``scaler.step(optimizer)`` and learning-rate schedulers need no change.
+
+    Args:
+        optimizer: a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, or one of ours.
+        max_norm: the bound of the gradients' global 2-norm, None for no clip.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: it is none of those, it has ``differentiable=True``, or its ``step`` was replaced
+            by somebody else.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+        >>> pyupdate.accelerate(optimizer) is optimizer
+        True
+    """
+    options = Options(max_norm=max_norm)
+    if not isinstance(optimizer, Planned):
+        drop_in = DROP_INS.get(type(optimizer))
+        if drop_in is None or not engine.has_rule(optimizer):
+            names = ", ".join(f"torch.optim.{kind.__name__}" for kind in DROP_INS)
+            found = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+            why = ""
+            if drop_in is not None:
+                differentiable = any(group["differentiable"] for group in optimizer.param_groups)
+                why = " with differentiable=True" if differentiable else " whose step was replaced"
+            message = f"cannot accelerate {found}{why}; accepted are {names} as torch made them"
+            raise TypeError(message)
+        scheduled = optimizer.__dict__.pop("step", None)
+        optimizer.__class__ = drop_in  # type: ignore[assignment]
+        if scheduled is not None:
+            _watch_for_scheduler(optimizer)
+    optimizer.__dict__["pyupdate_options"] = options
+    engine.engine_of(optimizer).plans.clear()
+    return optimizer
+
+
+def _watch_for_scheduler(optimizer: Optimizer) -> None:
+    """Put back the mark that a learning-rate scheduler left on the step it wrapped."""
+    from functools import wraps
+    from weakref import ref
+
+    reference = ref(optimizer)
+
+    @wraps(type(optimizer).step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        stepped = reference()
+        assert stepped is not None
+        stepped._opt_called = True  # type: ignore[attr-defined]
+        return type(stepped).step(stepped, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every optimizer class of pyupdate shares: a step through the plan, and the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch.optim import Optimizer
+
+from .. import amp
+from ..kernels.language import Rule
+from ..options import LastUpdate, Options
+from ..pytorch import step as engine
+from ..pytorch.rows import Group, OptimizerRow
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
+# Torch warns when a GradScaler hands itself to a step that asks for it, which is how ours learns of
+# the scaler before torch's own pass over the gradients.
+warnings.filterwarnings(
+    "ignore",
+    message="GradScaler is going to stop passing itself as a keyword argument",
+    category=FutureWarning,
+)
+
+
+_OPTIONS = {
+    field.name: inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+    )
+    for field in dataclasses.fields(Options)
+}
+
+DROP_INS: dict[type[Optimizer], type[Planned]] = {}
+"""What `accelerate` makes of an optimizer of torch's; `planned` fills it."""
+
+_P = TypeVar("_P", bound="type[Planned]")
+
+
+def planned(rule: Callable[[Group], Rule], *, counts_steps: bool) -> Callable[[_P], _P]:
+    """Declare of a class which rule steps its groups, and whether it keeps ``state[p]["step"]``.
+
+    A class on one of ``torch.optim`` also becomes what `accelerate` makes of that one.
+    """
+    row = OptimizerRow(rule, counts_steps)
+
+    def declare(cls: _P) -> _P:
+        engine.ROWS[cls] = row
+        stock = cls.__mro__[2]  # behind Planned
+        if stock is not Optimizer:
+            engine.ROWS[stock] = row
+            DROP_INS[stock] = cls
+        return cls
+
+    return declare
+
+
+class Planned(Optimizer):
+    """What the drop-in classes share: a step through the plan, and the options."""
+
+    _step_supports_amp_scaling = True
+    pyupdate_options: Options
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        self.pyupdate_options = Options(**given)
+        super().__init__(*args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let ``help`` show the constructor of the class below with the options behind it."""
+        super().__init_subclass__(**kwargs)
+        below: Any = super().__init__
+        own = [p for p in inspect.signature(below).parameters.values() if p.name != "self"]
+        rest = [p for p in own if p.kind is p.VAR_KEYWORD]
+        shown = [*(p for p in own if p not in rest), *_OPTIONS.values(), *rest]
+        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scaler: GradScaler | None = None,
+    ) -> Any:
+        """Make one step; see `pyupdate.pytorch.step.step`.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            grad_scaler: the ``torch.amp.GradScaler`` that the gradients were scaled by:
+                ``scaler.step(optimizer)`` passes itself here.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            TypeError, ValueError: something is refused; nothing was written.
+            RuntimeError: a second step before ``scaler.update()``.
+        """
+        if any(group.get("differentiable", False) for group in self.param_groups):
+            return self._differentiable_step(closure, grad_scaler)
+        return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
+
+    def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
+        if engine.options_of(self).max_norm is not None:
+            message = (
+                "max_norm cannot be had with differentiable=True, which runs torch's own step: "
+                "clip with torch.nn.utils.clip_grad_norm_, or leave one of them out"
+            )
+            raise ValueError(message)
+        engine.check_closure(closure, scaler)
+        found = amp.unscale(scaler, self)
+        loss = None if found else _stock_step(self)(self, closure)
+        amp.tell(scaler, self, LastUpdate(None, skipped=found, multiplier=1.0))
+        return loss
+
+    step = Optimizer.profile_hook_step(step)
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        return kept | {"pyupdate_options": engine.options_of(self)}
+
+
+def _stock_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """The step of torch's own class, without the hooks that ours has run already."""
+    for kind in type(optimizer).__mro__:
+        if kind in DROP_INS:
+            found = kind.step
+            inner = getattr(found, "__wrapped__", found)
+            stock: Callable[..., Any] = inner if hasattr(found, "hooked") else found
+            return stock
+    message = f"{type(optimizer).__name__} is none of torch's optimizers"
+    raise TypeError(message)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drop-in classes of torch's optimizers, and which rule a group of theirs means."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels import rules
+from ..kernels.language import Rule
+from ..pytorch.rows import Group
+from .planned import Planned, planned
+
+
+def _sgd(group: Group) -> Rule:
+    return rules.sgd_momentum if group["momentum"] != 0 else rules.sgd
+
+
+def _adam(group: Group) -> Rule:
+    if group.get("decoupled_weight_decay", False):
+        return _adamw(group)
+    return rules.adam_amsgrad if group["amsgrad"] else rules.adam
+
+
+def _adamw(group: Group) -> Rule:
+    return rules.adamw_amsgrad if group["amsgrad"] else rules.adamw
+
+
+@planned(_sgd, counts_steps=False)
+class SGD(Planned, torch.optim.SGD):
+    """``torch.optim.SGD``, with momentum, dampening, Nesterov, weight decay and maximize.
+
+    Args:
+        *args, **kwargs: those of ``torch.optim.SGD``, and `Options` by name.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = pyupdate.optim.SGD([p], lr=0.5)
+        >>> p.grad = torch.tensor([1.0, 0.0])
+        >>> optimizer.step()
+        >>> p.tolist()
+        [0.5, 1.0]
+    """
+
+
+@planned(_adam, counts_steps=True)
+class Adam(Planned, torch.optim.Adam):
+    """``torch.optim.Adam`` (Kingma and Ba 2015, arXiv:1412.6980), with amsgrad and maximize.
+
+    Args:
+        *args, **kwargs: those of ``torch.optim.Adam``, and `Options` by name.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = pyupdate.optim.Adam([p], lr=0.5)
+        >>> p.grad = torch.tensor([3.0, 0.0])
+        >>> optimizer.step()
+        >>> p.tolist()
+        [0.5, 1.0]
+    """
+
+
+@planned(_adamw, counts_steps=True)
+class AdamW(Planned, torch.optim.AdamW):
+    """``torch.optim.AdamW`` (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Args:
+        *args, **kwargs: those of ``torch.optim.AdamW``, and `Options` by name.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = pyupdate.optim.AdamW([p], lr=0.5, weight_decay=0.0)
+        >>> p.grad = torch.tensor([3.0, 0.0])
+        >>> optimizer.step()
+        >>> p.tolist()
+        [0.5, 1.0]
+    """
