@@ -16,7 +16,7 @@ tools := $(VENV)/.stamp-tools
 installed := $(VENV)/.stamp-installed
 pip := $(bin)/python -m pip --disable-pip-version-check
 compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
-	$(wildcard kernels/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: install venv demo test slow lint format bench check-aarch64 check-device clean

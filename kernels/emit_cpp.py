@@ -34,7 +34,8 @@ _OPERATORS = {
 
 _HEADER = """\
 // SPDX-License-Identifier: Apache-2.0
-// Written by kernels/emit_cpp.py from {sources}. Do not edit.
+// Written by kernels/emit_cpp.py; do not edit. What it was written from:
+{sources}
 #pragma once
 #include "types.h"
 
@@ -60,7 +61,7 @@ using Rules = List<{names}>;
 """
 
 
-def emit(rules: Mapping[str, Rule], sources: Iterable[str]) -> str:
+def emit(rules: Mapping[str, Rule]) -> str:
     """The whole header for these rules."""
     used: dict[str, Function] = {}
     shared = [analyse(f) for f in (shipped.multiplier, shipped.squared, shipped.nonfinite)]
@@ -71,7 +72,7 @@ def emit(rules: Mapping[str, Rule], sources: Iterable[str]) -> str:
         for stage in entry.stages:
             _collect(stage.function, used)
     return _HEADER.format(
-        sources=", ".join(sources),
+        sources="\n".join(f"//   {path}" for path in sorted(set(map(_source, used.values())))),
         functions="\n".join(map(_function, used.values())),
         reductions="\n".join(_reduction(f.name) for f in shared[1:]),
         rules="\n".join(map(_rule, rules.values())),
@@ -86,6 +87,13 @@ def _collect(function: Function, used: dict[str, Function]) -> None:
     if used.setdefault(function.name, function) is not function:
         message = f"two functions are named '{function.name}'"
         raise ValueError(message)
+
+
+def _source(function: Function) -> str:
+    """The file that a function stands in, without the path of this machine."""
+    path = Path(function.text.__code__.co_filename).resolve()
+    room = Path(__file__).resolve().parent
+    return str(path.relative_to(room.parent)) if path.is_relative_to(room) else path.name
 
 
 # ----- functions ---------------------------------------------------------------------------------
@@ -266,8 +274,7 @@ def main() -> None:
     own = Path(shipped.__file__).resolve()
     foreign = arguments.rules is not None and arguments.rules.resolve() != own
     found = load_rules(arguments.rules) if foreign else shipped.RULES
-    sources = [f"kernels/{own.name}", *([arguments.rules.name] if foreign else [])]
-    header = emit(found, sources)
+    header = emit(found)
     if not arguments.output.exists() or arguments.output.read_text() != header:
         arguments.output.write_text(header)
 

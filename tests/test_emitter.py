@@ -16,6 +16,7 @@ from compiling import compiler, rules_of, shared_library
 
 from pyupdate.kernels import emit_cpp, rules
 from pyupdate.kernels.bind import bind
+from pyupdate.kernels.families import decay
 from pyupdate.kernels.language import analyse, divide, maximum, minimum, sqrt
 from pyupdate.kernels.scalar import integer_power
 
@@ -103,7 +104,7 @@ RULES = {"toy": toy}
 def test_emitted_functions_give_the_bits_of_python(tmp_path):
     compiler()
     found = rules_of(_LOOP, tmp_path)
-    header = emit_cpp.emit({**rules.RULES, **found}, ["bad.py"])
+    header = emit_cpp.emit({**rules.RULES, **found})
     (tmp_path / "rules_generated.h").write_text(header)
     calls = {call.name: call for call in analyse(found["toy"].stages[0].function.text).calls}
     calls |= {"multiplier": analyse(rules.multiplier), "nonfinite": analyse(rules.nonfinite)}
@@ -131,7 +132,7 @@ def test_emitted_functions_give_the_bits_of_python(tmp_path):
 def test_prepare_gives_the_bits_of_python_when_compiled(name, tmp_path):
     compiler()
     rule = rules.RULES[name]
-    (tmp_path / "rules_generated.h").write_text(emit_cpp.emit({name: rule}, ["rules.py"]))
+    (tmp_path / "rules_generated.h").write_text(emit_cpp.emit({name: rule}))
     library = shared_library(
         '#include "rules_generated.h"\nextern "C" void prepare(const double* n, double* h) '
         f"{{ pyupdate::rules::{name}::prepare(n, h); }}\n",
@@ -145,18 +146,29 @@ def test_prepare_gives_the_bits_of_python_when_compiled(name, tmp_path):
         assert all(map(same, out, rule.prepare.text(*numbers))), step
 
 
+def test_a_header_says_what_it_was_written_from(tmp_path):
+    toys = rules_of(_LOOP, tmp_path)
+    said = emit_cpp.emit({"sgd": rules.sgd, **toys}).partition("#pragma")[0]
+    listed = [line.removeprefix("//   ") for line in said.splitlines() if line.startswith("//   ")]
+    assert listed == [
+        "bad.py",
+        *("kernels/families/decay.py", "kernels/families/sgd.py"),
+        *("kernels/language.py", "kernels/rules.py", "kernels/scalar.py"),
+    ]
+
+
 def test_bound_functions_find_what_an_import_looks_for():
     # Torch's first comparison of a tensor with a number imports from within the bound function.
     code = (
         "import torch\n"
         "from pyupdate.kernels.bind import bind\n"
-        "from pyupdate.kernels.rules import coupled_decay\n"
+        "from pyupdate.kernels.families.decay import coupled_decay\n"
         "x = torch.ones(2)\n"
         "print(bind(coupled_decay, 'torch')(x, x, torch.tensor(0.5)).tolist())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "[1.5, 1.5]\n", done.stderr
-    assert "__builtins__" in bind(rules.coupled_decay, "torch").__globals__
+    assert "__builtins__" in bind(decay.coupled_decay, "torch").__globals__
 
 
 _LITERALS = """
