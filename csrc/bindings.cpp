@@ -63,8 +63,9 @@ int64_t index_of_storage(const std::string& name) {
 
 // ----- plans
 
-// (rule, state keys, whether torch counts its steps), a group each.
-using GroupSpec = std::tuple<std::string, std::vector<std::string>, bool>;
+// (rule, state keys, scalar keys, whether torch counts its steps), a group each.
+using Keys = std::vector<std::string>;
+using GroupSpec = std::tuple<std::string, Keys, Keys, bool>;
 
 std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& types,
                                 const py::handle& increment_version, const py::handle& tensor_list,
@@ -99,11 +100,16 @@ std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& t
     interface.types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
   }
   std::vector<GroupRule> rules;
-  for (const auto& [rule, keys, has_step] : groups) {
+  for (const auto& [rule, keys, scalar_keys, has_step] : groups) {
     // A group of whose parameters the plan has none may name no rule.
-    GroupRule group{rule.empty() ? 0 : index_of_rule(rule), {}, has_step, rule.empty()};
-    if (!rule.empty() && keys.size() != static_cast<size_t>(passes().rules[group.rule].states)) {
+    GroupRule group{rule.empty() ? 0 : index_of_rule(rule), {}, {}, has_step, rule.empty()};
+    const cpu::RuleInfo& info = passes().rules[group.rule];
+    if (!rule.empty() && (keys.size() != static_cast<size_t>(info.states) ||
+                          scalar_keys.size() != static_cast<size_t>(info.scalars))) {
       throw py::value_error("rule '" + rule + "' was compiled with another number of states");
+    }
+    for (const std::string& key : scalar_keys) {
+      group.scalar_keys.push_back(PyUnicode_InternFromString(key.c_str()));
     }
     for (const std::string& key : keys) {
       group.state_keys.push_back(PyUnicode_InternFromString(key.c_str()));

@@ -44,7 +44,7 @@ struct Roles {
 // One element. `sum_out` gets what the stage leaves to be added up over the tensor.
 template <class Stage, class Storage, class T = typename Storage::Compute>
 PYUPDATE_HD void element(const Roles<Storage>& at, int64_t i, T multiplier, const T* hyper,
-                         const T* sum_in, T* sum_out, Place place) {
+                         const T* per_tensor, T* sum_out, Place place) {
   constexpr auto reads = [](int role) { return (Stage::kReads >> role & 1u) != 0; };
   constexpr auto writes = [](int role) { return (Stage::kWrites >> role & 1u) != 0; };
   T value[kMaxRoles];
@@ -53,7 +53,7 @@ PYUPDATE_HD void element(const Roles<Storage>& at, int64_t i, T multiplier, cons
   for (int k = kFirstState; k < Stage::kElements; ++k) {
     if (reads(k)) value[k] = load(at.state[k - kFirstState][i]);
   }
-  Stage::template run<T>(value, hyper, sum_in, sum_out);
+  Stage::template run<T>(value, hyper, per_tensor, sum_out);
   place.element += i;
   if constexpr (writes(kParam)) store(value[kParam], at.param + i, place);
   for (int k = kFirstState; k < Stage::kElements; ++k) {

@@ -11,8 +11,10 @@ namespace pyupdate {
 
 constexpr int64_t kChunk = 16384;  // elements
 constexpr int kMaxStates = 4;      // Adan keeps three and the gradient before
-constexpr int kMaxSums = 4;
+constexpr int kMaxSums = 4;        // that one stage leaves
 constexpr int kMaxStages = 3;
+constexpr int kMaxPerTensor = 8;  // sums and values of turns
+constexpr int kMaxScalars = 2;    // ASGD keeps eta and mu
 
 // The columns of the address table.
 enum Role : int64_t { kParam = 0, kGrad = 1, kFirstState = 2 };
@@ -26,8 +28,9 @@ struct Row {
   int32_t layout;  // index into the layout table, -1 where every role is flat in one order
 };
 
-// What one (group, step count, storage) has in common. The hypers themselves are fp64, `kHypers` of
-// them from `offset`; a kernel rounds them to its compute type.
+// What one (group, step count, counted scalars, storage) has in common. The hypers themselves are
+// fp64, `kHypers` of them from `offset`; a kernel rounds them to its compute type. Behind them
+// stand the new values of the counted scalars.
 struct HyperRow {
   int64_t rule;     // index into the rules of the module
   int64_t storage;  // index into Storages

@@ -5,6 +5,8 @@
 #include "refresh.h"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <map>
 #include <utility>
 
@@ -14,13 +16,16 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
            std::vector<int64_t> storages, std::vector<int32_t> group_of,
            std::vector<int32_t> positions)
     : interface_(std::move(interface)), groups_(std::move(groups)), tables_(0) {
-  size_t states = 0;
+  size_t states = 0, scalars = 0;
   for (const GroupRule& group : groups_) {
     states = std::max(states, group.state_keys.size());
+    scalars = std::max(scalars, group.scalar_keys.size());
     for (PyObject* key : group.state_keys) Py_INCREF(key);
+    for (PyObject* key : group.scalar_keys) Py_INCREF(key);
   }
   states_ = static_cast<int64_t>(states);
-  tables_ = cpu::Tables(kFirstState + states_);
+  scalars_ = static_cast<int64_t>(scalars);
+  tables_ = cpu::Tables(kFirstState + states_, scalars_);
   const size_t rows = params.size();
   records_.reserve(rows);
   storages_.reserve(rows);
@@ -40,12 +45,13 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
     }
   }
   if (!whole) positions_ = positions;
-  held_.assign(rows * (states + 1), nullptr);
+  held_.assign(rows * (states + 1 + scalars), nullptr);
   active_.reserve(rows);
   tables_.rows.reserve(rows);
   tables_.addresses.reserve(rows * static_cast<size_t>(tables_.width()));
   grads_.reserve(rows);
-  written_.reserve(rows * (states + 2));
+  tables_.scalars.reserve(rows * scalars);
+  written_.reserve(rows * (states + 2 + scalars));
   Py_INCREF(interface_.grad);
   Py_INCREF(interface_.is_neg);
   Py_INCREF(interface_.increment_version);
@@ -59,6 +65,7 @@ Plan::~Plan() {
   release_grads();
   for (const GroupRule& group : groups_) {
     for (PyObject* key : group.state_keys) Py_DECREF(key);
+    for (PyObject* key : group.scalar_keys) Py_DECREF(key);
   }
   Py_DECREF(interface_.grad);
   Py_DECREF(interface_.is_neg);
@@ -196,6 +203,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     std::fill(std::begin(row.found), std::end(row.found), nullptr);
     row.present = 0;
     row.step = 0;
+    std::fill(std::begin(row.scalars), std::end(row.scalars), 0);
     if (block.count == kBlock) {
       if (!read_block(passes, block.rows, block.count)) return Found::kSuspect;
       block.release();
@@ -211,12 +219,14 @@ void Plan::drop_rows_from(size_t k) {
   rows_changed_ = written_moved_ = grads_moved_ = true;
   tables_.rows.resize(k);
   tables_.addresses.resize(k * static_cast<size_t>(tables_.width()));
+  tables_.scalars.resize(k * static_cast<size_t>(scalars_));
   active_.resize(k);
 }
 
 void Plan::fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers) {
   struct Key {
     int64_t group = -1, storage = -1, step = -1;
+    std::array<int64_t, kMaxScalars> counted = {};  // the bits of their values
     auto operator<=>(const Key&) const = default;
   };
   std::map<Key, int32_t> known;
@@ -228,25 +238,33 @@ void Plan::fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<
   for (size_t k = 0; k < active_.size(); ++k) {
     const auto r = static_cast<size_t>(active_[k]);
     while (static_cast<int32_t>(r) >= group_ends_[group]) ++group;
-    const Key key{static_cast<int64_t>(group), storages_[r], records_[r].counter + 1};
+    Key key{static_cast<int64_t>(group), storages_[r], records_[r].counter + 1};
+    double counted[kMaxScalars] = {};
+    for (int i = 0; i < passes.rules[groups_[group].rule].counted; ++i) {
+      const int64_t at = tables_.scalars[k * static_cast<size_t>(scalars_) + i];
+      // State that is not there yet: the hypers are made again when it is.
+      counted[i] = at == 0 ? 0.0 : cpu::load_scalar(at);
+      std::memcpy(&key.counted[i], &counted[i], sizeof(double));
+    }
     if (key != last) {
       const auto [place, is_new] =
           known.try_emplace(key, static_cast<int32_t>(tables_.hyper_rows.size()));
       last = key;
       index = place->second;
-      if (is_new) add_hyper_row(passes, key.group, key.storage, key.step, numbers);
+      if (is_new) add_hyper_row(passes, key.group, key.storage, key.step, counted, numbers);
     }
     tables_.rows[k].hyper = index;
   }
 }
 
 void Plan::add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
-                         const std::vector<std::vector<double>>& numbers) {
+                         const double* counted, const std::vector<std::vector<double>>& numbers) {
   const int64_t rule = groups_[static_cast<size_t>(group)].rule;
-  const auto hypers = static_cast<size_t>(passes.rules[rule].hypers);
+  const auto hypers = static_cast<size_t>(passes.rules[rule].hypers + passes.rules[rule].counted);
   std::vector<double> number = numbers[static_cast<size_t>(group)];
   const double sign = number[0];
   number[0] = static_cast<double>(step);
+  number.insert(number.end(), counted, counted + passes.rules[rule].counted);
   const size_t offset = tables_.hypers.size();
   tables_.hypers.resize(offset + hypers);
   passes.rules[rule].prepare(number.data(), &tables_.hypers[offset]);

@@ -25,8 +25,9 @@ enum class Found {
 
 // One optimizer group as the rule sees it.
 struct GroupRule {
-  int64_t rule;                       // index into the module's rules
-  std::vector<PyObject*> state_keys;  // torch's keys, interned, in the rule's order
+  int64_t rule;                        // index into the module's rules
+  std::vector<PyObject*> state_keys;   // torch's keys, interned, in the rule's order
+  std::vector<PyObject*> scalar_keys;  // likewise
   bool has_step;
   bool idle;  // none of its parameters is in the plan
 };
@@ -89,7 +90,7 @@ class Plan {
   struct Interval {
     int64_t start, end;
   };
-  // A column of a row that is written: the parameter, its states, the step counter.
+  // A column of a row that is written: the parameter, its states, the step counter, its scalars.
   using Written = uint32_t;
   // One tensor as it was read; what the exchange API fills in stays torch's.
   struct Read {
@@ -104,10 +105,11 @@ class Plan {
     PyObject* grad;  // owned by grads_
     bool known_grad;
     py::object inner;
-    PyObject* found[kMaxStates + 1];
+    PyObject* found[kMaxStates + 1 + kMaxScalars];
     size_t present;
     Read roles[kMaxRoles];
     int64_t step;
+    int64_t scalars[kMaxScalars];
 
     void release();
   };
@@ -118,6 +120,7 @@ class Plan {
   bool read_block(const cpu::Passes& passes, Pending* block, size_t count);
   bool enter_row(const cpu::Passes& passes, Pending& row);
   void release_grads();
+  bool read_scalar(PyObject* scalar, int64_t* tagged) const;
   bool read_step(size_t r, PyObject* step, int64_t* tagged);
   bool add_layout(const Read* roles, int64_t count, Row* row);
   PyObject* gradient(PyObject* param) const;
@@ -130,7 +133,7 @@ class Plan {
   static int64_t version(PyObject* tensor);
   void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
   void add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
-                     const std::vector<std::vector<double>>& numbers);
+                     const double* counted, const std::vector<std::vector<double>>& numbers);
   Interval interval(size_t k, int64_t role) const;
   Interval interval(Written written) const;
   bool plainly_injective(size_t k, int64_t role) const;
@@ -144,7 +147,8 @@ class Plan {
   std::vector<int32_t> positions_;   // in its group's list; empty if every group is whole
   std::vector<Record> records_;
   std::vector<uint8_t> storages_;
-  int64_t states_;               // columns of held_: states, then the step counter
+  int64_t states_;  // columns of held_: states, then the step counter, then scalars
+  int64_t scalars_;
   std::vector<PyObject*> held_;  // owned; what was found in the state at the last refresh
   bool settled_ = false;         // whether the next two are those of the tensors that are held
   py::object kept_;

@@ -75,16 +75,23 @@ PyObject* Plan::gradient(PyObject* param) const {
       ->tp_descr_get(interface_.grad, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
 }
 
-// Torch keeps the step count as a tensor of one fp32 (fp64 under that default dtype). The plan's
-// own count is exact beyond 2^24; it is taken from the tensor wherever the two disagree.
-bool Plan::read_step(size_t r, PyObject* step, int64_t* tagged) {
+// Torch keeps a scalar as a tensor of one fp32 (fp64 under that default dtype).
+bool Plan::read_scalar(PyObject* scalar, int64_t* tagged) const {
   Read at;
-  const bool is_double = !read(step, 1, &at);
-  if (is_double && !read(step, 0, &at)) return false;
+  const bool is_double = !read(scalar, 1, &at);
+  if (is_double && !read(scalar, 0, &at)) return false;
   const size_t itemsize = is_double ? sizeof(double) : sizeof(float);
   if (size_of(at.tensor) != 1 || at.address % static_cast<int64_t>(itemsize) != 0) return false;
-  const double value = is_double ? *reinterpret_cast<const double*>(at.address)
-                                 : *reinterpret_cast<const float*>(at.address);
+  *tagged = at.address | (is_double ? 1 : 0);
+  return true;
+}
+
+// The plan's own step count is exact beyond 2^24; it is taken from torch's wherever the two
+// disagree.
+bool Plan::read_step(size_t r, PyObject* step, int64_t* tagged) {
+  if (!read_scalar(step, tagged)) return false;
+  const bool is_double = (*tagged & 1) != 0;
+  const double value = cpu::load_scalar(*tagged);
   int64_t& counter = records_[r].counter;
   const double counted =
       is_double ? static_cast<double>(counter) : static_cast<double>(static_cast<float>(counter));
@@ -92,30 +99,33 @@ bool Plan::read_step(size_t r, PyObject* step, int64_t* tagged) {
     if (!(value >= 0.0 && value < 0x1p53) || value != std::floor(value)) return false;
     counter = static_cast<int64_t>(value);
   }
-  *tagged = at.address | (is_double ? 1 : 0);
   return true;
 }
 
 // ----- one row
 
-// Finds the state of a parameter in its dict: states, then at states_ the step counter. The dict is
-// walked in torch's order of making it (the counter first); only another order is looked up.
+// Finds the state of a parameter in its dict: states, then at states_ the step counter and behind
+// it the scalars. The dict is walked in torch's order of making it (the counter first, then
+// scalars); only another order is looked up.
 size_t Plan::find_state(PyObject* inner, const GroupRule& group, PyObject** found) const {
   static PyObject* const step_key = PyUnicode_InternFromString("step");
   const size_t states = group.state_keys.size();
+  const size_t scalars = group.scalar_keys.size();
   const auto counter = static_cast<size_t>(states_);
   Py_ssize_t walk = 0;
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   size_t present = 0;
-  for (size_t turn = group.has_step ? 0 : 1; turn <= states; ++turn) {
-    PyObject* const expected = turn == 0 ? step_key : group.state_keys[turn - 1];
+  for (size_t turn = group.has_step ? 0 : 1; turn <= scalars + states; ++turn) {
+    PyObject* const expected = turn == 0         ? step_key
+                               : turn <= scalars ? group.scalar_keys[turn - 1]
+                                                 : group.state_keys[turn - 1 - scalars];
     if (!PyDict_Next(inner, &walk, &key, &value) || key != expected) {
       value = PyDict_GetItemWithError(inner, expected);
       if (value == nullptr) PyErr_Clear();
     }
     if (value == nullptr || value == Py_None) continue;
-    found[turn == 0 ? counter : turn - 1] = value;
+    found[turn <= scalars ? counter + turn : turn - 1 - scalars] = value;
     ++present;
   }
   return present;
@@ -141,7 +151,8 @@ bool Plan::read_block(const cpu::Passes& passes, Pending* block, size_t count) {
   };
   const auto rule = [&](const Pending& row) -> const GroupRule& { return groups_[row.g]; };
   const auto wanted = [&](const Pending& row) {
-    return rule(row).state_keys.size() + (rule(row).has_step ? 1 : 0);
+    return rule(row).state_keys.size() + rule(row).scalar_keys.size() +
+           (rule(row).has_step ? 1 : 0);
   };
   if (!all([&](Pending& row) {
         return read(records_[row.r].param, storages_[row.r], &row.roles[kParam]);
@@ -168,6 +179,14 @@ bool Plan::read_block(const cpu::Passes& passes, Pending* block, size_t count) {
            return read_step(row.r, row.found[states_], &row.step);
          }) &&
          all([&](Pending& row) {
+           if (row.present == 0) return true;
+           for (size_t s = 0; s < rule(row).scalar_keys.size(); ++s) {
+             PyObject* scalar = row.found[static_cast<size_t>(states_) + 1 + s];
+             if (!read_scalar(scalar, &row.scalars[s])) return false;
+           }
+           return true;
+         }) &&
+         all([&](Pending& row) {
            if (row.present != wanted(row)) noticed_.push_back(static_cast<int64_t>(row.r));
            return enter_row(passes, row);
          });
@@ -181,11 +200,13 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
   const GroupRule& group = groups_[pending.g];
   const int64_t storage = storages_[r];
   const size_t states = group.state_keys.size();
-  PyObject** held = &held_[r * static_cast<size_t>(states_ + 1)];
+  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
+  PyObject** held = &held_[r * columns];
   PyObject* const* found = pending.found;
   const Read* roles = pending.roles;
-  const bool fresh = pending.present != states + (group.has_step ? 1 : 0);
-  if (!std::equal(found, found + states, held) && any_negated(found, states + 1)) return false;
+  const bool fresh =
+      pending.present != states + group.scalar_keys.size() + (group.has_step ? 1 : 0);
+  if (!std::equal(found, found + states, held) && any_negated(found, columns)) return false;
   for (size_t s = 0; s < states; ++s) {
     if (found[s] != held[s]) {
       // A rule without torch's counter knows its first step by the buffer that was not there.
@@ -196,9 +217,11 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
       settled_ = false;
     }
   }
-  if (found[states_] != held[states_]) {
-    hold(&held[states_], found[states_]);
-    settled_ = false;
+  for (auto s = static_cast<size_t>(states_); s < columns; ++s) {
+    if (found[s] != held[s]) {
+      hold(&held[s], found[s]);
+      settled_ = false;
+    }
   }
   if (record.counter < 0 || (fresh && group.has_step)) record.counter = 0;
 
@@ -230,7 +253,7 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
   if (rows_changed_ || k >= tables_.rows.size() || tables_.rows[k].size != row.size ||
       active_[k] != static_cast<int32_t>(r)) {
     if (!rows_changed_) drop_rows_from(k);  // the rest of the table is written anew
-    tables_.add_row(row, addresses);
+    tables_.add_row(row, addresses, pending.scalars);
     active_.push_back(static_cast<int32_t>(r));
     return true;
   }
@@ -241,6 +264,12 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
   if (stands.step != row.step || std::memcmp(at, addresses, width * sizeof(int64_t)) != 0) {
     written_moved_ = true;
     std::memcpy(at, addresses, width * sizeof(int64_t));
+  }
+  const auto scalars = static_cast<size_t>(scalars_);
+  if (scalars > 0) {
+    int64_t* stand = &tables_.scalars[k * scalars];
+    written_moved_ = written_moved_ || !std::equal(stand, stand + scalars, pending.scalars);
+    std::copy_n(pending.scalars, scalars, stand);
   }
   stands.step = row.step;
   stands.layout = row.layout;

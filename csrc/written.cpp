@@ -16,7 +16,7 @@ constexpr int64_t kBytesOfKept = 16;  // an entry of torch's list, beside the te
 // ----- what is written, and that none of it is shared
 
 PyObject* Plan::written() const {
-  const auto columns = static_cast<size_t>(states_ + 1);
+  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
   size_t count = 0;
   for (const int32_t r : active_) {
     ++count;
@@ -75,18 +75,21 @@ bool Plan::plainly_injective(size_t k, int64_t role) const {
 }
 
 Plan::Interval Plan::interval(Written written) const {
-  const auto columns = static_cast<uint32_t>(states_ + 2);
+  const auto columns = static_cast<uint32_t>(states_ + 2 + scalars_);
   const size_t k = written / columns;
   const auto column = static_cast<int64_t>(written % columns);
   if (column <= states_) return interval(k, column == 0 ? int64_t{kParam} : kGrad + column);
-  const int64_t step = tables_.rows[k].step;
-  return {step & ~int64_t{1}, (step & ~int64_t{1}) + (step & 1 ? 8 : 4)};
+  const int64_t scalar = column - states_ - 2;  // -1 is the step counter
+  const int64_t at =
+      scalar < 0 ? tables_.rows[k].step
+                 : tables_.scalars[k * static_cast<size_t>(scalars_) + static_cast<size_t>(scalar)];
+  return {at & ~int64_t{1}, (at & ~int64_t{1}) + (at & 1 ? 8 : 4)};
 }
 
 // Sorts everything that is written; false if two intervals meet or one meets itself.
 bool Plan::written_apart() {
   written_.clear();
-  const auto columns = static_cast<uint32_t>(states_ + 2);
+  const auto columns = static_cast<uint32_t>(states_ + 2 + scalars_);
   std::vector<std::pair<Interval, Written>> sorted;
   bool apart = true;
   for (size_t k = 0; k < active_.size(); ++k) {
@@ -95,7 +98,7 @@ bool Plan::written_apart() {
       const Written written = static_cast<uint32_t>(k) * columns + column;
       const Interval at = interval(written);
       if (at.start == 0) continue;  // state that is not there yet, a rule without a counter
-      if (column + 1 < columns)
+      if (column <= static_cast<uint32_t>(states_))
         apart = apart && plainly_injective(k, column == 0 ? 0 : kGrad + column);
       sorted.emplace_back(at, written);
     }
@@ -135,6 +138,7 @@ uint64_t Plan::fingerprint() const {
     mix(&hash, static_cast<uint64_t>(row.step));
   }
   for (const int64_t address : tables_.addresses) mix(&hash, static_cast<uint64_t>(address));
+  for (const int64_t scalar : tables_.scalars) mix(&hash, static_cast<uint64_t>(scalar));
   for (const int64_t entry : tables_.layouts) mix(&hash, static_cast<uint64_t>(entry));
   return hash == 0 ? 1 : hash;
 }
@@ -160,7 +164,7 @@ void Plan::settle() {
   // a hook of theirs may lead back here, and Python's garbage collector cannot see through the
   // list.
   py::list states;
-  const auto columns = static_cast<size_t>(states_ + 1);
+  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
   for (const int32_t r : active_) {
     for (size_t c = 0; c < columns; ++c) {
       if (PyObject* object = held_[static_cast<size_t>(r) * columns + c]) {
@@ -180,7 +184,7 @@ void Plan::settle() {
 void Plan::find_shared_counters() {
   constexpr int kCounters = 4;  // as many first steps as may have made the state
   bumped_ = py::object();
-  const auto columns = static_cast<size_t>(states_ + 1);
+  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
   std::vector<PyObject*> open;
   for (const int32_t r : active_) {
     for (size_t c = 0; c < columns; ++c) {

@@ -71,6 +71,8 @@ def emit(rules: Mapping[str, Rule]) -> str:
         _collect(entry.prepare, used)
         for stage in entry.stages:
             _collect(stage.function, used)
+            if stage.turn is not None:
+                _collect(stage.turn, used)
     return _HEADER.format(
         sources="\n".join(f"//   {path}" for path in sorted(set(map(_source, used.values())))),
         functions="\n".join(map(_function, used.values())),
@@ -187,19 +189,22 @@ def _mask(names: Iterable[str], order: tuple[str, ...]) -> str:
 
 
 def _rule(rule: Rule) -> str:
-    numbers = ", ".join(f"number[{i}]" for i in range(1 + len(rule.numbers)))
-    prepared = "\n".join(f"    hyper[{i}] = out.{name};" for i, name in enumerate(rule.hypers))
+    taken = ("step", *rule.numbers, *rule.counted)
+    given = (*rule.hypers, *rule.counted)
+    numbers = {name: f"number[{i}]" for i, name in enumerate(taken)}
+    places = {name: f"hyper[{i}]" for i, name in enumerate(given)}
     stages = "\n".join(_stage(rule, i, stage) for i, stage in enumerate(rule.stages))
     names = ", ".join(f"stage{i}" for i in range(len(rule.stages)))
     return f"""struct {rule.name} {{
   static constexpr const char* kName = "{rule.name}";
   static constexpr int kStates = {len(rule.state)};
+  static constexpr int kScalars = {len(rule.scalars)};  // {", ".join(rule.scalars)}
+  static constexpr int kCounted = {len(rule.counted)};  // those that prepare advances, first
   static constexpr int kNumbers = {1 + len(rule.numbers)};  // step, {", ".join(rule.numbers)}
   static constexpr int kHypers = {len(rule.hypers)};  // {", ".join(rule.hypers)}
-  static constexpr int kSums = {len(rule.sums)};
+  static constexpr int kPerTensor = {len(rule.per_tensor)};  // {", ".join(rule.per_tensor)}
   static void prepare(const double* number, double* hyper) {{
-    const auto out = text::{rule.prepare.name}<double>({numbers});
-{prepared}
+{_call(rule.prepare, "double", numbers, places, "    ")}
   }}
 {stages}
   using Stages = List<{names}>;
@@ -207,34 +212,61 @@ def _rule(rule: Rule) -> str:
 """
 
 
-def _stage(rule: Rule, index: int, stage: Stage) -> str:
-    places = {name: f"element[{i}]" for i, name in enumerate(rule.elements)}
-    places |= {name: f"sum_in[{i}]" for i, name in enumerate(rule.sums)}
-    places |= {name: f"hyper[{i}]" for i, name in enumerate(rule.hypers)}
-    first_sum = sum(len(before.sums) for before in rule.stages[:index])
-    results = {name: f"element[{rule.elements.index(name)}]" for name in stage.writes}
-    results |= {name: f"sum_out[{i}]" for i, name in enumerate(stage.sums)}
-    arguments = ", ".join(places[name] for name in stage.function.arguments)
-    single = len(stage.function.results) == 1
-    stores = "\n".join(
-        f"      {results[name]} = {'out' if single else f'out.{name}'};"
-        for name in stage.function.results
+def _call(
+    function: Function, kind: str, takes: Mapping[str, str], gives: Mapping[str, str], indent: str
+) -> str:
+    """A call of a function of the language, its arguments from places and its results to places."""
+    arguments = ", ".join(takes[name] for name in function.arguments)
+    single = len(function.results) == 1
+    return "\n".join(
+        [
+            f"{indent}const auto out = text::{function.name}<{kind}>({arguments});",
+            *(
+                f"{indent}{gives[name]} = {'out' if single else f'out.{name}'};"
+                for name in function.results
+            ),
+        ]
     )
+
+
+def _stage(rule: Rule, index: int, stage: Stage) -> str:
+    before = sum(len(earlier.leaves) for earlier in rule.stages[:index])
+    elements = {name: f"element[{i}]" for i, name in enumerate(rule.elements)}
+    hypers = {name: f"hyper[{i}]" for i, name in enumerate(rule.hypers)}
+    per_tensor = {name: f"per_tensor[{i}]" for i, name in enumerate(rule.per_tensor)}
+    sums = {name: f"sum_out[{i}]" for i, name in enumerate(stage.sums)}
+    run = _call(stage.function, "T", elements | hypers | per_tensor, elements | sums, "      ")
     return f"""  struct stage{index} {{
     static constexpr unsigned kReads = {_mask(stage.elements, rule.elements)};
     static constexpr unsigned kWrites = {_mask(stage.writes, rule.elements)};
     static constexpr int kSums = {len(stage.sums)};
-    static constexpr int kFirstSum = {first_sum};
-    static constexpr int kSumsRead = {first_sum};
+    static constexpr int kFirstSum = {before};  // among the per-tensor numbers
+    static constexpr int kPerTensorRead = {before};
     static constexpr int kHypers = {len(rule.hypers)};
     static constexpr int kElements = {len(rule.elements)};
+    static constexpr bool kTurns = {"false" if stage.turn is None else "true"};
     template <class T>
     PYUPDATE_HD static void run([[maybe_unused]] T* element, [[maybe_unused]] const T* hyper,
-                                [[maybe_unused]] const T* sum_in, [[maybe_unused]] T* sum_out) {{
-      const auto out = text::{stage.function.name}<T>({arguments});
-{stores}
+                                [[maybe_unused]] const T* per_tensor,
+                                [[maybe_unused]] T* sum_out) {{
+{run}
     }}
+{_turn(rule, stage)}
   }};"""
+
+
+def _turn(rule: Rule, stage: Stage) -> str:
+    """The function that runs once a tensor when a stage is over, in fp64."""
+    head = """\
+    static void turn([[maybe_unused]] const double* hyper, [[maybe_unused]] double numel,
+                     [[maybe_unused]] double* per_tensor, [[maybe_unused]] double* scalar) {"""
+    if stage.turn is None:
+        return f"{head}}}"
+    places = {"numel": "numel"}
+    places |= {name: f"hyper[{i}]" for i, name in enumerate(rule.hypers)}
+    places |= {name: f"per_tensor[{i}]" for i, name in enumerate(rule.per_tensor)}
+    places |= {name: f"scalar[{i}]" for i, name in enumerate(rule.scalars)}
+    return f"{head}\n{_call(stage.turn, 'double', places, places, '      ')}\n    }}"
 
 
 def _reduction(name: str) -> str:
@@ -243,9 +275,10 @@ def _reduction(name: str) -> str:
   static constexpr unsigned kWrites = 0u;
   static constexpr int kSums = 1;
   static constexpr int kFirstSum = 0;
-  static constexpr int kSumsRead = 0;
+  static constexpr int kPerTensorRead = 0;
   static constexpr int kHypers = 0;
   static constexpr int kElements = 2;
+  static constexpr bool kTurns = false;
   template <class T>
   PYUPDATE_HD static void run(T* element, const T*, const T*, T* sum_out) {{
     sum_out[0] = text::{name}<T>(element[1]);

@@ -20,7 +20,7 @@ import inspect
 import math
 import struct
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -75,6 +75,12 @@ def minimum(a: float, b: float) -> float:
 # ----- rules -------------------------------------------------------------------------------------
 
 
+def named_results(function: Function, returned: Any) -> dict[str, Any]:
+    """What a call of a function returned, by the names that it returns."""
+    several = len(function.results) > 1
+    return dict(zip(function.results, returned if several else (returned,), strict=True))
+
+
 @dataclass(frozen=True)
 class Function:
     """A checked function of the language: its syntax tree and its interface."""
@@ -93,6 +99,10 @@ class Function:
         return self.tree.name
 
 
+Initial = float | str
+"""Where state begins: a number; "param", the parameter; or the name of a number of the group."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One elementwise sweep of a rule. Names of `elements` and `sums` are in the order of use."""
@@ -101,11 +111,19 @@ class Stage:
     elements: tuple[str, ...]
     """What it reads per element: "param", "grad", names of state."""
     writes: tuple[str, ...]
-    sums_read: tuple[str, ...]
-    """Per-tensor sums of earlier stages that it reads."""
     sums: tuple[str, ...]
-    """Per-tensor sums that it leaves for later stages."""
+    """Per-tensor sums that it leaves."""
+    turn: Function | None
+    """What happens once a tensor between this stage and the next, in fp64: it takes sums, values of
+    earlier turns, scalar state, hypers and ``numel``, the number of elements."""
+    values: tuple[str, ...]
+    """Per-tensor values that the turn leaves for later stages."""
     hypers: tuple[str, ...]
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The per-tensor numbers that exist after it: its sums, then the values of its turn."""
+        return self.sums + self.values
 
 
 @dataclass(frozen=True)
@@ -115,23 +133,40 @@ class Rule:
     Attributes:
         name: the function's name, the rule's key everywhere.
         state: name -> initial value of each per-element state, in torch's own key names.
+        scalars: name -> initial value of each scalar that is kept per parameter. It advances only
+            when a step is not skipped.
         stages: the sweeps, in order.
-        prepare: ``(step, *numbers) -> hypers``, in fp64, once a step.
+        prepare: ``(step, *numbers, *counted) -> hypers and new values of counted``, in fp64, once a
+            step.
         numbers: what `prepare` takes after ``step``, by the names that torch's groups use.
-        hypers: what `prepare` returns.
+        counted: the scalars that `prepare` takes and returns; the others are a turn's.
+        hypers: what `prepare` returns beside scalars.
     """
 
     name: str
-    state: Mapping[str, float]
+    state: Mapping[str, Initial]
+    scalars: Mapping[str, Initial]
     stages: tuple[Stage, ...]
     prepare: Function
     numbers: tuple[str, ...]
+    counted: tuple[str, ...]
     hypers: tuple[str, ...]
 
     @property
-    def sums(self) -> tuple[str, ...]:
-        """Every per-tensor sum of the rule, in the order in which the stages leave them."""
-        return tuple(name for stage in self.stages for name in stage.sums)
+    def per_tensor(self) -> tuple[str, ...]:
+        """Every per-tensor number of the rule, in the order in which the stages leave them."""
+        return tuple(name for stage in self.stages for name in stage.leaves)
+
+    def prepared(
+        self, step: int, numbers: Sequence[float], scalars: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Run `prepare` on Python floats: the hypers, and the new values of `counted`."""
+        made = self.prepare.text(float(step), *numbers, *(scalars[name] for name in self.counted))
+        named = named_results(self.prepare, made)
+        return (
+            {name: named[name] for name in self.hypers},
+            {name: named[name] for name in self.counted},
+        )
 
     @property
     def elements(self) -> tuple[str, ...]:
@@ -139,8 +174,16 @@ class Rule:
         return ("param", "grad", *self.state)
 
 
+Before = Text | tuple[Text, Text]
+"""A stage that comes before the last one, or such a stage and its turn."""
+
+
 def rule(
-    *, state: Mapping[str, float], prepare: Text, after: tuple[Text, ...] = ()
+    *,
+    state: Mapping[str, Initial],
+    prepare: Text,
+    after: tuple[Before, ...] = (),
+    scalars: Mapping[str, Initial] | None = None,
 ) -> Callable[[Text], Rule]:
     """Make a `Rule` of the decorated function, which is its last (mostly its only) stage.
 
@@ -148,54 +191,113 @@ def rule(
         state: name -> initial value of each per-element state.
         prepare: the function that turns the step count and the group's numbers into hypers.
         after: the stages that come before the decorated one. A name that a stage returns and that
-            is no element is a per-tensor sum, which later stages take as an argument.
+            is no element is a per-tensor sum. A pair is a stage and its turn: a function that runs
+            once a tensor, in fp64, on sums, hypers, scalars and ``numel``; what it returns is a
+            scalar's new value or a per-tensor value. Later stages take sums and values as
+            arguments.
+        scalars: name -> initial value of each scalar that is kept per parameter; `prepare` or a
+            turn takes it and returns its new value.
 
     Raises:
         RuleError: the text is not in the language, or an argument comes from nowhere.
     """
 
     def build(text: Text) -> Rule:
-        prepared = analyse(prepare)
-        elements = ("param", "grad", *state)
-        sums: list[str] = []
-        stages = []
-        for function in map(analyse, (*after, text)):
-            known = {*elements, *sums, *prepared.results}
-            for name in function.arguments:
-                if name not in known:
-                    message = (
-                        f"argument '{name}' is no element {elements}, no sum of an earlier stage "
-                        f"and not among what {prepared.name} returns"
-                    )
-                    raise _error(function.text, function.tree, message)
-            stage = Stage(
-                function=function,
-                elements=tuple(n for n in elements if n in function.arguments),
-                writes=tuple(n for n in elements if n in function.results),
-                sums_read=tuple(n for n in sums if n in function.arguments),
-                sums=tuple(n for n in function.results if n not in elements),
-                hypers=tuple(n for n in prepared.results if n in function.arguments),
-            )
-            if not function.results:
-                raise _error(function.text, function.tree, "a stage returns names, not expressions")
-            if "grad" in stage.writes:
-                raise _error(function.text, function.tree, "a rule does not write the gradient")
-            sums.extend(stage.sums)
-            stages.append(stage)
-        if stages[-1].sums:
-            raise _error(text, stages[-1].function.tree, f"nobody reads the sums {stages[-1].sums}")
-        if prepared.arguments[:1] != ("step",):
-            raise _error(prepare, prepared.tree, "the first argument of a prepare is 'step'")
-        return Rule(
-            name=stages[-1].function.name,
-            state=dict(state),
-            stages=tuple(stages),
-            prepare=prepared,
-            numbers=prepared.arguments[1:],
-            hypers=prepared.results,
-        )
+        return _Building(analyse(prepare), state, scalars or {}).build((*after, text))
 
     return build
+
+
+class _Building:
+    """Puts the functions of a rule together; knows which per-tensor numbers there are so far."""
+
+    def __init__(
+        self, prepare: Function, state: Mapping[str, Initial], scalars: Mapping[str, Initial]
+    ) -> None:
+        self.prepare = prepare
+        self.state = state
+        self.elements = ("param", "grad", *state)
+        counted = tuple(name for name in scalars if name in prepare.results)
+        self.scalars = {name: scalars[name] for name in (*counted, *scalars)}
+        self.counted = counted
+        self.hypers = tuple(name for name in prepare.results if name not in scalars)
+        self.per_tensor: list[str] = []
+        self.turned: list[str] = []
+
+    def build(self, parts: Sequence[Before]) -> Rule:
+        prepare = self.prepare
+        if prepare.arguments[:1] != ("step",):
+            raise _error(prepare.text, prepare.tree, "the first argument of a prepare is 'step'")
+        numbers = prepare.arguments[1 : len(prepare.arguments) - len(self.counted)]
+        if prepare.arguments[1:] != (*numbers, *self.counted) or set(numbers) & set(self.scalars):
+            message = f"a prepare takes the scalars that it returns, {self.counted}, last"
+            raise _error(prepare.text, prepare.tree, message)
+        for name, initial in (*self.state.items(), *self.scalars.items()):
+            if isinstance(initial, str) and initial not in (*numbers, "param"):
+                message = f"'{name}' begins as '{initial}', which is none of the numbers {numbers}"
+                raise _error(prepare.text, prepare.tree, message)
+        stages = [self.stage(part) for part in parts]
+        last = stages[-1]
+        if last.leaves:
+            raise _error(
+                last.function.text, last.function.tree, f"nobody reads the sums {last.leaves}"
+            )
+        if missing := set(self.scalars) - {*self.counted, *self.turned}:
+            raise _error(
+                prepare.text, prepare.tree, f"nobody returns the scalars {sorted(missing)}"
+            )
+        return Rule(
+            name=last.function.name,
+            state=dict(self.state),
+            scalars=self.scalars,
+            stages=tuple(stages),
+            prepare=prepare,
+            numbers=numbers,
+            counted=self.counted,
+            hypers=self.hypers,
+        )
+
+    def stage(self, part: Before) -> Stage:
+        text, turn_text = part if isinstance(part, tuple) else (part, None)
+        function = analyse(text)
+        self.check(function, (*self.elements, *self.per_tensor, *self.hypers))
+        if not function.results:
+            raise _error(function.text, function.tree, "a stage returns names, not expressions")
+        if "grad" in function.results:
+            raise _error(function.text, function.tree, "a rule does not write the gradient")
+        sums = tuple(name for name in function.results if name not in self.elements)
+        self.per_tensor.extend(sums)
+        turn, values = (None, ()) if turn_text is None else self.turn(analyse(turn_text))
+        self.per_tensor.extend(values)
+        return Stage(
+            function=function,
+            elements=tuple(n for n in self.elements if n in function.arguments),
+            writes=tuple(n for n in self.elements if n in function.results),
+            sums=sums,
+            turn=turn,
+            values=values,
+            hypers=tuple(n for n in self.hypers if n in function.arguments),
+        )
+
+    def turn(self, function: Function) -> tuple[Function, tuple[str, ...]]:
+        own = [name for name in self.scalars if name not in self.counted]
+        self.check(function, (*self.per_tensor, *self.hypers, *own, "numel"))
+        if not function.results:
+            raise _error(function.text, function.tree, "a turn returns names, not expressions")
+        new = [name for name in function.results if name in self.scalars]
+        if twice := [name for name in new if name in (*self.counted, *self.turned)]:
+            raise _error(function.text, function.tree, f"{twice} have another new value already")
+        self.turned.extend(new)
+        return function, tuple(name for name in function.results if name not in self.scalars)
+
+    def check(self, function: Function, known: tuple[str, ...]) -> None:
+        for name in function.arguments:
+            if name not in known:
+                message = (
+                    f"argument '{name}' is no element, no per-tensor number and not among what "
+                    f"{self.prepare.name} returns; there are: {', '.join(known)}"
+                )
+                raise _error(function.text, function.tree, message)
 
 
 # ----- the check ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .bind import bind
-from .language import Rule
+from .language import Rule, named_results
 from .reduction import sum_of_row
 from .rules import squared
 
@@ -60,7 +60,8 @@ def step(
         rule: an entry of `rules.RULES`, or one of the user's.
         param: any shape; fp64, fp32, fp16, or uint16 that holds bf16.
         grad: same shape and dtype.
-        state: by the rule's names, same shape, in whatever dtype each is stored.
+        state: by the rule's names, same shape, in whatever dtype each is stored; scalars are of no
+            dimension.
         numbers: what the rule's prepare takes after the step count.
         count: the step that is made.
         multiplier: of the gradient: unscale x clip, negative where the group maximizes.
@@ -68,22 +69,32 @@ def step(
     import numpy as np
 
     compute = np.float64 if param.dtype == np.float64 else np.float32
-    hypers = rule.prepare.text(float(count), *numbers)
-    known: dict[str, Any] = dict(zip(rule.hypers, map(compute, hypers), strict=True))
+    scalars = {name: float(state[name]) for name in rule.scalars}
+    hypers, counted = rule.prepared(count, numbers, scalars)
+    scalars |= counted
+    known: dict[str, Any] = {name: compute(value) for name, value in hypers.items()}
     known["param"] = load(param)
-    known |= {name: load(stored) for name, stored in state.items()}
+    known |= {name: load(state[name]) for name in rule.state}
+    per_tensor: dict[str, float] = {"numel": float(param.size)}
     with np.errstate(all="ignore"):
         known["grad"] = load(grad) * compute(multiplier)
         for stage in rule.stages:
             function = bind(stage.function.text, "numpy")
             out = function(*(known[name] for name in stage.function.arguments))
-            results = stage.function.results
-            for name, value in zip(results, out if len(results) > 1 else (out,), strict=True):
+            for name, value in named_results(stage.function, out).items():
                 if name in stage.sums:
-                    known[name] = compute(_sum(value))
+                    per_tensor[name] = _sum(value)
                 else:  # a later stage reads what was stored
                     known[name] = load(store(value, param if name == "param" else state[name]))
-    return store(known["param"], param), {n: store(known[n], s) for n, s in state.items()}
+            if stage.turn is not None:
+                places = hypers | scalars | per_tensor
+                turned = stage.turn.text(*(places[name] for name in stage.turn.arguments))
+                for name, number in named_results(stage.turn, turned).items():
+                    (scalars if name in scalars else per_tensor)[name] = number
+            known |= {name: compute(per_tensor[name]) for name in stage.leaves}
+    made = {name: store(known[name], state[name]) for name in rule.state}
+    made |= {name: np.asarray(scalars[name], state[name].dtype) for name in rule.scalars}
+    return store(known["param"], param), made
 
 
 def sum_of_squares(grad: Array, unscale: float = 1.0) -> float:

@@ -62,12 +62,21 @@ def by_hand(name: str, param: Any, grads: Sequence[Any]) -> dict[str, Any]:
     """The toys in plain numpy and fp64, with numpy's own sums."""
     lr, momentum = NUMBERS.values()
     buffer, slow, spread = np.zeros_like(param), np.full_like(param, 0.25), np.zeros_like(param)
+    start, average, level, product = param, np.full_like(param, lr), momentum, 1.0
     for t, grad in enumerate(grads, 1):
         rate = lr * t / (t + 1)
         if name == "toy_two":
             before = np.linalg.norm(param)
             buffer = momentum * buffer + grad
             param = param - rate * before / np.linalg.norm(buffer) * buffer
+        elif name == "toy_turned":
+            rate = lr * (1.5 - product)
+            product = product * t / (t + momentum)
+            start = 0.75 * start + 0.25 * param
+            level = (1 - momentum) * level + momentum * np.mean(grad**2)
+            taken = 1 / (np.sqrt(level) + 0.5)
+            average = (1 - taken) * average + taken * grad
+            param = param - rate * average * taken + rate * (start - param)
         else:
             slow = slow + rate * (param - slow)
             total = np.sum(grad + slow)
@@ -77,16 +86,22 @@ def by_hand(name: str, param: Any, grads: Sequence[Any]) -> dict[str, Any]:
             param = param - rate * scale * (total - slow)
     if name == "toy_two":
         return {"param": param, "momentum_buffer": buffer}
+    if name == "toy_turned":
+        made = {"start": start, "slow": average, "level": level, "product": product}
+        return {"param": param, **made}
     return {"param": param, "slow": slow, "spread": spread}
 
 
 def on_numpy(
-    rule: Rule, param: Any, grads: Sequence[Any], sign: float = 1.0
+    rule: Rule, param: Any, grads: Sequence[Any], sign: float = 1.0, scalars: Any = np.float32
 ) -> tuple[Any, dict[str, Any]]:
     like = oracle.load(param)
-    state = {
-        name: oracle.store(np.full_like(like, value), param) for name, value in rule.state.items()
-    }
+
+    def begin(initial: float | str) -> Any:
+        return like if initial == "param" else np.full_like(like, NUMBERS.get(initial, initial))
+
+    state = {name: oracle.store(begin(value), param) for name, value in rule.state.items()}
+    state |= {name: np.asarray(NUMBERS.get(v, v), scalars) for name, v in rule.scalars.items()}
     for count, grad in enumerate(grads, 1):
         param, state = oracle.step(
             rule, param, grad, state, [*NUMBERS.values()], count=count, multiplier=sign
@@ -100,7 +115,7 @@ def test_numpy_runs_the_stages_in_order(rule, size):
     rng = np.random.default_rng(71)
     param = rng.standard_normal(size)
     grads = [rng.standard_normal(size) for _ in range(STEPS)]
-    found, state = on_numpy(rule, param, grads)
+    found, state = on_numpy(rule, param, grads, scalars=np.float64)
     for name, expected in by_hand(rule.name, param, grads).items():
         value = found if name == "param" else state[name]
         np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12, err_msg=name)

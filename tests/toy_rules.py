@@ -7,7 +7,7 @@ A shipped rule stands beside them: two modules may know one, and test_isa.py loo
 
 from __future__ import annotations
 
-from pyupdate.kernels.language import divide, rule, sqrt, where
+from pyupdate.kernels.language import divide, maximum, rule, sqrt, where
 from pyupdate.kernels.rules import adamw
 
 
@@ -68,5 +68,45 @@ def toy_three(
     return param
 
 
-TOYS = {entry.name: entry for entry in (toy_two, toy_three)}
+# ----- what happens once a tensor: a scalar that prepare advances, one that a turn advances, a
+#       value that the next stage reads; state that begins as the parameter or as a group's number
+
+
+def prepare_turned(step: float, lr: float, momentum: float, product: float) -> tuple[float, ...]:
+    """A running product, as NAdam keeps one."""
+    rate = lr * (1.5 - product)
+    product = product * divide(step, step + momentum)
+    return rate, momentum, product
+
+
+def toy_squares(param: float, grad: float, start: float) -> tuple[float, ...]:
+    """Leave a sum and write a state."""
+    start = start + (param - start) * 0.25
+    squares = grad * grad
+    return start, squares
+
+
+def toy_turn(squares: float, numel: float, level: float, momentum: float) -> tuple[float, ...]:
+    """Advance the level and leave how much of the gradient is taken."""
+    level = level + (divide(squares, maximum(numel, 1.0)) - level) * momentum
+    taken = divide(1.0, sqrt(level) + 0.5)
+    return level, taken
+
+
+@rule(
+    state={"start": "param", "slow": "lr"},
+    scalars={"level": "momentum", "product": 1.0},
+    prepare=prepare_turned,
+    after=((toy_squares, toy_turn),),
+)
+def toy_turned(
+    param: float, grad: float, start: float, slow: float, taken: float, rate: float
+) -> tuple[float, ...]:
+    """Read the value of the turn."""
+    slow = slow + (grad - slow) * taken
+    param = param - rate * slow * taken + rate * (start - param)
+    return param, slow
+
+
+TOYS = {entry.name: entry for entry in (toy_two, toy_three, toy_turned)}
 RULES = {adamw.name: adamw, **TOYS}

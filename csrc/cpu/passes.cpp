@@ -28,13 +28,15 @@ void run(const Block& block) {
   const Roles<Storage> at = Roles<Storage>::of(block.role);
   const T multiplier = static_cast<T>(block.multiplier);
   const Place place{block.seed, block.step, block.element};
-  T hyper[Stage::kHypers + 1], sum_in[Stage::kSumsRead + 1], sum_out[Stage::kSums + 1];
+  T hyper[Stage::kHypers + 1], per_tensor[Stage::kPerTensorRead + 1], sum_out[Stage::kSums + 1];
   for (int k = 0; k < Stage::kHypers; ++k) hyper[k] = static_cast<T>(block.hyper[k]);
-  for (int k = 0; k < Stage::kSumsRead; ++k) sum_in[k] = static_cast<T>(block.sum[k]);
+  for (int k = 0; k < Stage::kPerTensorRead; ++k) {
+    per_tensor[k] = static_cast<T>(block.per_tensor[k]);
+  }
   if constexpr (Stage::kSums == 0) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < block.count; ++i) {
-      element<Stage, Storage>(at, i, multiplier, hyper, sum_in, sum_out, place);
+      element<Stage, Storage>(at, i, multiplier, hyper, per_tensor, sum_out, place);
     }
   } else {
     T* lanes = static_cast<T*>(block.lanes);
@@ -46,7 +48,8 @@ void run(const Block& block) {
         for (int k = 0; k < Stage::kSums; ++k) total[k] = lanes[k * kLanes + i];
 #pragma GCC unroll 8
         for (int64_t turn = 0; turn < kChunk / kLanes; ++turn) {
-          element<Stage, Storage>(at, turn * kLanes + i, multiplier, hyper, sum_in, sum_out, place);
+          element<Stage, Storage>(at, turn * kLanes + i, multiplier, hyper, per_tensor, sum_out,
+                                  place);
           for (int k = 0; k < Stage::kSums; ++k) total[k] += sum_out[k];
         }
         for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] = total[k];
@@ -57,7 +60,7 @@ void run(const Block& block) {
       const int64_t n = block.count - start < kLanes ? block.count - start : kLanes;
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        element<Stage, Storage>(at, start + i, multiplier, hyper, sum_in, sum_out, place);
+        element<Stage, Storage>(at, start + i, multiplier, hyper, per_tensor, sum_out, place);
         for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] += sum_out[k];
       }
     }
@@ -113,14 +116,25 @@ template <class Stage, class... S>
 constexpr void add_stage(RuleInfo& info, int stage, List<S...>) {
   int storage = 0;
   ((info.kernels[stage][storage++] = kernel<Stage, S>()), ...);
+  info.turns[stage] = Stage::kTurns ? Stage::turn : nullptr;
 }
 
 template <class Rule, class... Stage>
 constexpr RuleInfo rule_info(List<Stage...>) {
-  static_assert(Rule::kStates <= kMaxStates && Rule::kSums <= kMaxSums);
-  static_assert(sizeof...(Stage) <= kMaxStages);
-  RuleInfo info{Rule::kName, Rule::kStates,    Rule::kNumbers, Rule::kHypers,
-                Rule::kSums, sizeof...(Stage), Rule::prepare,  {}};
+  static_assert(Rule::kStates <= kMaxStates && Rule::kScalars <= kMaxScalars);
+  static_assert(sizeof...(Stage) <= kMaxStages && Rule::kPerTensor <= kMaxPerTensor);
+  static_assert(((Stage::kSums <= kMaxSums) && ...));
+  RuleInfo info{Rule::kName,
+                Rule::kStates,
+                Rule::kScalars,
+                Rule::kCounted,
+                Rule::kNumbers,
+                Rule::kHypers,
+                Rule::kPerTensor,
+                sizeof...(Stage),
+                Rule::prepare,
+                {},
+                {}};
   int stage = 0;
   (add_stage<Stage>(info, stage++, Storages{}), ...);
   return info;

@@ -9,13 +9,13 @@ namespace pyupdate::cpu {
 struct Block {
   void* role[kMaxRoles];  // first element of each role; unused ones may be null
   int64_t count;
-  int64_t element;      // index in its row of the first element
-  int64_t step;         // the step count, for a store that draws
-  int64_t seed;         // likewise
-  double multiplier;    // of the gradient
-  const double* hyper;  // the hypers of the row's hyper row
-  const double* sum;    // the row's sums that earlier stages left
-  void* lanes;          // kMaxSums x kLanes of the compute type; a stage with sums adds to them
+  int64_t element;           // index in its row of the first element
+  int64_t step;              // the step count, for a store that draws
+  int64_t seed;              // likewise
+  double multiplier;         // of the gradient
+  const double* hyper;       // the hypers of the row's hyper row
+  const double* per_tensor;  // the row's numbers that earlier stages and turns left
+  void* lanes;  // kMaxSums x kLanes of the compute type; a stage with sums adds to them
 };
 
 // One stage, compiled for one storage.
@@ -24,7 +24,7 @@ struct Kernel {
   unsigned reads = 0;   // bit k: role k
   unsigned writes = 0;  // likewise
   int sums = 0;         // how many it leaves
-  int first_sum = 0;    // index of the first of them among the rule's sums
+  int first_sum = 0;    // index of the first of them among the rule's per-tensor numbers
 };
 
 constexpr int kStorages = 4;
@@ -42,9 +42,13 @@ struct StorageInfo {
 
 struct RuleInfo {
   const char* name;
-  int states, numbers, hypers, sums, stages;
+  int states, scalars, counted, numbers, hypers, per_tensor, stages;
+  // Takes the step count, the group's numbers and the counted scalars; leaves the hypers and the
+  // scalars' new values.
   void (*prepare)(const double* number, double* hyper);
   Kernel kernels[kMaxStages][kStorages];
+  // Runs once a row when a stage is over; null where nothing happens there.
+  void (*turns[kMaxStages])(const double* hyper, double numel, double* per_tensor, double* scalar);
 };
 
 struct Passes {

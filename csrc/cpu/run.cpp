@@ -42,13 +42,15 @@ struct Workspace {
 void Tables::clear_rows() {
   rows.clear();
   addresses.clear();
+  scalars.clear();
   layouts.clear();
 }
 
-void Tables::add_row(const Row& row, const int64_t* row_addresses) {
+void Tables::add_row(const Row& row, const int64_t* row_addresses, const int64_t* row_scalars) {
   rows.push_back(row);
   rows.back().chunk = rows.size() == 1 ? 0 : rows.end()[-2].chunk + chunks_of(rows.end()[-2].size);
   addresses.insert(addresses.end(), row_addresses, row_addresses + width_);
+  scalars.insert(scalars.end(), row_scalars, row_scalars + scalars_);
 }
 
 void Tables::append(const Tables& other) {
@@ -59,7 +61,8 @@ void Tables::append(const Tables& other) {
     Row row = other.rows[i];
     row.hyper += static_cast<int32_t>(hyper_rows_before);
     if (row.layout >= 0) row.layout += static_cast<int32_t>(layouts_before);
-    add_row(row, &other.addresses[i * static_cast<size_t>(width_)]);
+    add_row(row, &other.addresses[i * static_cast<size_t>(width_)],
+            other.scalars.data() + i * static_cast<size_t>(scalars_));
   }
   for (HyperRow hyper : other.hyper_rows) {
     hyper.offset += hypers_before;
@@ -96,8 +99,8 @@ int64_t Tables::elements() const {
 
 int64_t Tables::bytes() const {
   const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
-  return of(rows) + of(addresses) + of(hyper_rows) + of(hypers) + of(layouts) + of(items_) +
-         of(chunk_sums_) + of(row_sums_);
+  return of(rows) + of(addresses) + of(scalars) + of(hyper_rows) + of(hypers) + of(layouts) +
+         of(items_) + of(chunk_sums_) + of(row_sums_);
 }
 
 // ----- the region --------------------------------------------------------------------------------
@@ -108,11 +111,12 @@ class Region {
       : passes_(passes), tables_(tables), request_(request) {
     for (const HyperRow& hyper : tables.hyper_rows) {
       stages_ = std::max(stages_, passes.rules[hyper.rule].stages);
-      sums_ = std::max(sums_, passes.rules[hyper.rule].sums);
+      per_tensor_ = std::max(per_tensor_, passes.rules[hyper.rule].per_tensor);
     }
-    if (request.reduce || sums_ > 0) {
-      tables.chunk_sums_.resize(static_cast<size_t>(tables.chunks() * std::max(1, sums_)));
-      tables.row_sums_.assign(tables.rows.size() * static_cast<size_t>(std::max(1, sums_)), 0.0);
+    if (request.reduce || per_tensor_ > 0) {
+      const int width = std::max(1, per_tensor_);
+      tables.chunk_sums_.resize(static_cast<size_t>(tables.chunks() * width));
+      tables.row_sums_.assign(tables.rows.size() * static_cast<size_t>(width), 0.0);
     }
     const int64_t wanted = tables.elements() / kElementsPerThread;
     threads_ = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, request.threads)));
@@ -137,7 +141,7 @@ class Region {
       team.barrier();
       reduce_chunks(team, workspace);
     });
-    add_chunks(0, 1);
+    for (size_t r = 0; r < tables_.rows.size(); ++r) add_chunks(r, 0, 1);
     tables_.row_sums_.resize(tables_.rows.size());  // a rule of several sums had asked for more
     outcome_.nonfinite = nonfinite_;
     return outcome_;
@@ -160,7 +164,7 @@ class Region {
       apply_chunks(team, workspace, stage);
       if (stage + 1 == stages_) break;
       team.barrier();
-      if (team.rank == 0) add_stage_sums(stage);
+      if (team.rank == 0) turn(stage);
       team.barrier();
     }
   }
@@ -221,7 +225,7 @@ class Region {
   }
 
   void finish_reduce() {
-    add_chunks(0, 1);
+    for (size_t r = 0; r < tables_.rows.size(); ++r) add_chunks(r, 0, 1);
     const auto rows = static_cast<int64_t>(tables_.rows.size());
     outcome_.norm = std::sqrt(passes_.halving_tree(tables_.row_sums_.data(), rows));
     outcome_.nonfinite = nonfinite_;
@@ -229,15 +233,13 @@ class Region {
     outcome_.multiplier = passes_.multiplier(outcome_.norm, request_.unscale, request_.max_norm);
   }
 
-  // Adds the chunks of every row: the sum `index` of `stride` that each row has.
-  void add_chunks(int index, int stride) {
-    for (size_t r = 0; r < tables_.rows.size(); ++r) {
-      const Row& row = tables_.rows[r];
-      double* chunks =
-          &tables_.chunk_sums_[static_cast<size_t>(index * tables_.chunks() + row.chunk)];
-      tables_.row_sums_[r * static_cast<size_t>(stride) + static_cast<size_t>(index)] =
-          passes_.halving_tree(chunks, chunks_of(row.size));
-    }
+  // Adds the chunks of a row: the sum `index` of `stride` numbers that each row has.
+  void add_chunks(size_t r, int index, int stride) {
+    const Row& row = tables_.rows[r];
+    double* chunks =
+        &tables_.chunk_sums_[static_cast<size_t>(index * tables_.chunks() + row.chunk)];
+    tables_.row_sums_[r * static_cast<size_t>(stride) + static_cast<size_t>(index)] =
+        passes_.halving_tree(chunks, chunks_of(row.size));
   }
 
   // ----- apply
@@ -258,28 +260,39 @@ class Region {
         tables_.chunk_sums_[static_cast<size_t>(at)] =
             storage.sum(workspace.lanes + k * kLanes * storage.compute_size, count);
       }
-      if (stage == 0 && chunk == 0 && row.step != 0) write_step(row.step, hyper.step);
+      if (stage == 0 && chunk == 0) advance(r);
     });
   }
 
-  void add_stage_sums(int stage) {
-    bool left[kMaxSums] = {};
-    for (const HyperRow& hyper : tables_.hyper_rows) {
-      const RuleInfo& rule = passes_.rules[hyper.rule];
-      if (stage >= rule.stages) continue;
-      const Kernel& kernel = rule.kernels[stage][hyper.storage];
-      for (int k = 0; k < kernel.sums; ++k) left[kernel.first_sum + k] = true;
-    }
-    for (int k = 0; k < sums_; ++k) {
-      if (left[k]) add_chunks(k, sums_);
+  // The step counter and the counted scalars of a row.
+  void advance(size_t r) {
+    const Row& row = tables_.rows[r];
+    const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
+    if (row.step != 0) store_scalar(row.step, static_cast<double>(hyper.step));
+    const RuleInfo& rule = passes_.rules[hyper.rule];
+    for (int k = 0; k < rule.counted; ++k) {
+      store_scalar(tables_.scalars[r * static_cast<size_t>(tables_.scalars_) + k],
+                   tables_.hypers[static_cast<size_t>(hyper.offset + rule.hypers + k)]);
     }
   }
 
-  static void write_step(int64_t tagged, int64_t step) {
-    if (tagged & 1) {
-      *reinterpret_cast<double*>(tagged - 1) = static_cast<double>(step);
-    } else {
-      *reinterpret_cast<float*>(tagged) = static_cast<float>(step);
+  // Between two stages: adds the chunks of every row and runs the rule's turn on the sums.
+  void turn(int stage) {
+    for (size_t r = 0; r < tables_.rows.size(); ++r) {
+      const Row& row = tables_.rows[r];
+      const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
+      const RuleInfo& rule = passes_.rules[hyper.rule];
+      if (stage >= rule.stages) continue;
+      const Kernel& kernel = rule.kernels[stage][hyper.storage];
+      for (int k = 0; k < kernel.sums; ++k) add_chunks(r, kernel.first_sum + k, per_tensor_);
+      if (rule.turns[stage] == nullptr) continue;
+      const int64_t* at = tables_.scalars.data() + r * static_cast<size_t>(tables_.scalars_);
+      double scalars[kMaxScalars] = {};
+      for (int k = rule.counted; k < rule.scalars; ++k) scalars[k] = load_scalar(at[k]);
+      rule.turns[stage](&tables_.hypers[static_cast<size_t>(hyper.offset)],
+                        static_cast<double>(row.size),
+                        &tables_.row_sums_[r * static_cast<size_t>(per_tensor_)], scalars);
+      for (int k = rule.counted; k < rule.scalars; ++k) store_scalar(at[k], scalars[k]);
     }
   }
 
@@ -298,7 +311,7 @@ class Region {
     block.seed = 0;
     block.multiplier = multiplier;
     block.hyper = &tables_.hypers[static_cast<size_t>(hyper.offset)];
-    block.sum = sums_ == 0 ? nullptr : &tables_.row_sums_[r * static_cast<size_t>(sums_)];
+    block.per_tensor = tables_.row_sums_.data() + r * static_cast<size_t>(per_tensor_);
     block.lanes = workspace.lanes;
     const int64_t lanes = std::min(block.count, kLanes);
     for (int k = 0; k < kernel.sums; ++k) {
@@ -373,8 +386,21 @@ class Region {
   int threads_ = 1;
   int sweeps_ = 1;
   int stages_ = 0;
-  int sums_ = 0;
+  int per_tensor_ = 0;  // numbers a row
 };
+
+double load_scalar(int64_t tagged) {
+  return tagged & 1 ? *reinterpret_cast<const double*>(tagged - 1)
+                    : static_cast<double>(*reinterpret_cast<const float*>(tagged));
+}
+
+void store_scalar(int64_t tagged, double value) {
+  if (tagged & 1) {
+    *reinterpret_cast<double*>(tagged - 1) = value;
+  } else {
+    *reinterpret_cast<float*>(tagged) = static_cast<float>(value);
+  }
+}
 
 Outcome run(const Passes& passes, Tables& tables, const Request& request) {
   return Region(passes, tables, request).run();

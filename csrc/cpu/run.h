@@ -12,23 +12,26 @@ namespace pyupdate::cpu {
 // The tables of plan.h with what this back end needs beside them: the list of work and the sums.
 class Tables {
  public:
-  explicit Tables(int64_t width) : width_(width) {}
+  explicit Tables(int64_t width, int64_t scalars = 0) : width_(width), scalars_(scalars) {}
 
-  // Rows are added one by one; `addresses` are `width` of them.
+  // Rows are added one by one; `addresses` are `width` of them, `scalars` those of the scalars,
+  // each said as Row::step is.
   void clear_rows();
-  void add_row(const Row& row, const int64_t* addresses);
+  void add_row(const Row& row, const int64_t* addresses, const int64_t* scalars);
   // The rows of another table behind these: several models updated as one plan.
   void append(const Tables& other);
   // Cuts the rows into work; call it after rows were added, before `run`.
   void cut();
 
   int64_t width() const { return width_; }
+  int64_t scalars_width() const { return scalars_; }
   int64_t bytes() const;
   int64_t elements() const;
   int64_t chunks() const;
 
   std::vector<Row> rows;
   std::vector<int64_t> addresses;
+  std::vector<int64_t> scalars;
   std::vector<HyperRow> hyper_rows;
   std::vector<double> hypers;
   std::vector<int64_t> layouts;
@@ -36,6 +39,7 @@ class Tables {
  private:
   friend class Region;
   int64_t width_;
+  int64_t scalars_;
   // Work: runs of chunks of about kChunk elements. An item is (row << 32 | chunk of the row) where
   // the run starts; it ends where the next one starts.
   std::vector<int64_t> items_;
@@ -63,6 +67,10 @@ struct Outcome {
   bool skipped = false;
   double multiplier = 1.0;
 };
+
+// A number in a tensor of one element: its address, with 1 added where it is fp64 and not fp32.
+double load_scalar(int64_t tagged);
+void store_scalar(int64_t tagged, double value);
 
 Outcome run(const Passes& passes, Tables& tables, const Request& request);
 

@@ -77,9 +77,9 @@ class Part:
             increment_version=increment_version,
             tensor_list=getattr(torch._C, "ScriptList", None),
             groups=[
-                (rule.rule.name, list(rule.rule.state), rule.counts_steps)
+                (rule.rule.name, list(rule.rule.state), list(rule.rule.scalars), rule.counts_steps)
                 if g in stepped
-                else ("", [], False)
+                else ("", [], [], False)
                 for g, rule in enumerate(rules)
             ],
             params=[row.param for row in rows],

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels.bind import bind
+from ..kernels.language import named_results
 from ..kernels.reduction import sum_of_row
 from ..kernels.rules import nonfinite, squared
 from ..pytorch.forks import one_thread_in_forked_child
@@ -96,25 +97,32 @@ class Part:
         state = inputs.state[row.param] if group.keys else {}
         count = self._count(r, group, state)
         like = _load(row.param)
-        hypers = rule.prepare.text(float(count), *numbers)
-        known = {
-            name: _compute(hyper, like) for name, hyper in zip(rule.hypers, hypers, strict=True)
-        }
+        scalars = {name: float(state[name]) for name in rule.scalars}
+        hypers, counted = rule.prepared(count, numbers, scalars)
+        scalars |= counted
+        known = {name: _compute(hyper, like) for name, hyper in hypers.items()}
         places = {"param": row.param, **{name: state[name] for name in rule.state}}
         known |= {name: _load(place) for name, place in places.items()}
         known["grad"] = _load(_gradient(row)) * _compute(multiplier * sign, like)
+        per_tensor = {"numel": float(row.param.numel())}
         for stage in rule.stages:
             function = bind(stage.function.text, "torch")
             out = function(*(known[name] for name in stage.function.arguments))
-            results = stage.function.results
-            for name, value in zip(results, out if len(results) > 1 else (out,), strict=True):
+            for name, value in named_results(stage.function, out).items():
                 if name in stage.sums:
-                    total = _sum(_flat(value.expand(row.param.shape), row.param))
-                    known[name] = _compute(total, like)
+                    per_tensor[name] = _sum(_flat(value.expand(row.param.shape), row.param))
                 else:  # a later stage reads what was stored
                     known[name] = _load(value.to(row.param.dtype))
+            if stage.turn is not None:
+                given = hypers | scalars | per_tensor
+                turned = stage.turn.text(*(given[name] for name in stage.turn.arguments))
+                for name, number in named_results(stage.turn, turned).items():
+                    (scalars if name in scalars else per_tensor)[name] = number
+            known |= {name: _compute(per_tensor[name], like) for name in stage.leaves}
         for name, place in places.items():
             place.copy_(known[name])
+        for name, number in scalars.items():
+            state[name].fill_(number)
         if group.counts_steps:
             state["step"].fill_(count)
         else:

@@ -79,14 +79,14 @@ def check_state(param: torch.Tensor, value: object, key: str, name: str) -> None
     _check_alike(param, value, what, "load a state dict that fits this model")
 
 
-def check_step(value: object, name: str) -> None:
-    """Refuse a step counter that counts nothing.
+def check_scalar(value: object, key: str, name: str) -> None:
+    """Refuse scalar state that is not one number.
 
     Raises:
         TypeError: it is no floating tensor.
-        ValueError: it is not one whole number from 0 to 2**53.
+        ValueError: it is not of one element.
     """
-    what = f"state 'step' of '{name}'"
+    what = f"state '{key}' of '{name}'"
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         message = f"{what} must be a tensor of float32 or float64, but is {found}"
@@ -94,9 +94,20 @@ def check_step(value: object, name: str) -> None:
     if value.numel() != 1:
         message = f"{what} must hold one number, but has shape {tuple(value.shape)}"
         raise ValueError(message)
+
+
+def check_step(value: object, name: str) -> None:
+    """Refuse a step counter that counts nothing.
+
+    Raises:
+        TypeError: it is no floating tensor.
+        ValueError: it is not one whole number from 0 to 2**53.
+    """
+    check_scalar(value, "step", name)
+    assert isinstance(value, torch.Tensor)
     count = float(value)
     if not 0.0 <= count < 2.0**53 or count != int(count):
-        message = f"{what} must be a whole number from 0 on, but is {count}"
+        message = f"state 'step' of '{name}' must be a whole number from 0 on, but is {count}"
         raise ValueError(message)
 
 

@@ -45,7 +45,7 @@ class GroupRule:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """The state keys in torch's order of making them."""
-        return (*(("step",) if self.counts_steps else ()), *self.rule.state)
+        return (*(("step",) if self.counts_steps else ()), *self.rule.scalars, *self.rule.state)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
     assert inner is not None
     for key in rule.rule.state:
         checks.check_state(row.param, inner[key], key, row.name)
+    for key in rule.rule.scalars:
+        checks.check_scalar(inner[key], key, row.name)
     if rule.counts_steps:
         checks.check_step(inner["step"], row.name)
 
@@ -154,7 +156,7 @@ def mend_row(row: Row, inputs: Inputs) -> bool:
         mended = True
     inner = inputs.state.get(row.param)
     if inner and isinstance(inner.get("step"), int | float):
-        inner["step"] = _new_counter(float(inner["step"]))
+        inner["step"] = _new_scalar(float(inner["step"]))
         mended = True
     return mended
 
@@ -191,10 +193,17 @@ def make_state(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) 
     for row in rows:
         rule = rules[row.group]
         inner = inputs.state[row.param]
-        made = {"step": _new_counter(0.0)} if rule.counts_steps else {}
+        numbers = dict(zip(rule.rule.numbers, inputs.numbers[row.group][1:], strict=True))
+        made = {"step": _new_scalar(0.0)} if rule.counts_steps else {}
+        for key, initial in rule.rule.scalars.items():
+            made[key] = _new_scalar(numbers[initial] if isinstance(initial, str) else initial)
         for key, initial in rule.rule.state.items():
             values = torch.zeros_like(row.param, memory_format=torch.preserve_format)
-            made[key] = values if initial == 0.0 else values.fill_(initial)
+            if initial == "param":
+                values.copy_(row.param.detach())
+            elif initial != 0.0:
+                values.fill_(numbers[initial] if isinstance(initial, str) else initial)
+            made[key] = values
         for key, values in made.items():
             inner[key] = _count_with(counted, values.detach())
 
@@ -208,6 +217,7 @@ def _count_with(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return alias
 
 
-def _new_counter(value: float) -> torch.Tensor:
+def _new_scalar(value: float) -> torch.Tensor:
+    """A step count or another scalar of a parameter, of the type that torch gives its own."""
     wide = torch.get_default_dtype() is torch.float64
     return torch.tensor(value, dtype=torch.float64 if wide else torch.float32)
