@@ -207,6 +207,51 @@ def test_a_prepare_and_earlier_stages_are_checked_too(tmp_path):
     check_refused(called + calling, "divide(a, b)", tmp_path)
 
 
+_BODY = "def bad(param, grad):\n    return param\n"
+_ADVANCES = "def advances(step, lr, mu):\n    mu = mu * lr\n    return lr, mu\n"
+_SQUARES = "def squares(grad):\n    total = grad * grad\n    return total\n"
+TURNS = {
+    "a turn reads an element": (
+        f"{_SQUARES}def turn(grad):  # <-\n    level = grad\n    return level\n"
+        f"@rule(state={{}}, prepare=prepare, after=((squares, turn),))\n{_BODY}",
+        "argument 'grad' is no element, no per-tensor number",
+    ),
+    "a turn reads a scalar that prepare advances": (
+        f"{_ADVANCES}{_SQUARES}def turn(mu):  # <-\n    level = mu\n    return level\n"
+        f"@rule(state={{}}, scalars={{'mu': 1.0}}, prepare=advances, "
+        f"after=((squares, turn),))\n{_BODY}",
+        "argument 'mu'",
+    ),
+    "a scalar that nobody advances": (
+        "def still(step, lr):  # <-\n    return lr\n"
+        f"@rule(state={{}}, scalars={{'mu': 1.0}}, prepare=still)\n{_BODY}",
+        "nobody returns the scalars ['mu']",
+    ),
+    "a scalar that is not taken": (
+        "def lacks(step, lr):  # <-\n    mu = lr\n    return lr, mu\n"
+        f"@rule(state={{}}, scalars={{'mu': 1.0}}, prepare=lacks)\n{_BODY}",
+        "takes the scalars that it returns, ('mu',), last",
+    ),
+    "two new values": (
+        f"{_ADVANCES}{_SQUARES}def turn(total):  # <-\n    mu = total\n    return mu\n"
+        f"@rule(state={{}}, scalars={{'mu': 1.0}}, prepare=advances, "
+        f"after=((squares, turn),))\n{_BODY}",
+        "['mu'] have another new value already",
+    ),
+    "state that begins as nothing known": (
+        "def still(step, lr):  # <-\n    return lr\n"
+        f"@rule(state={{'z': 'params'}}, prepare=still)\n{_BODY}",
+        "'z' begins as 'params'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_and_scalars_are_checked(name, tmp_path):
+    text, message = TURNS[name]
+    check_refused(text, message, tmp_path)
+
+
 def test_the_build_stops_with_the_line(tmp_path):
     path = tmp_path / "bad.py"
     text = "\n@rule(state={}, prepare=prepare)\ndef bad(param, lr):\n    param = param / lr\n"
