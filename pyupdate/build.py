@@ -20,11 +20,13 @@ def build(
     *,
     model_name: str | None = None,
     max_norm: float | None = None,
+    in_backward: bool = False,
 ) -> Model:
     """Attach an optimizer and a name to a model.
 
-    Sets ``model.current_optimizer`` and ``model.model_name``; nothing else of the model changes,
-    and its ``state_dict`` stays as it was.
+    Sets ``model.current_optimizer`` and ``model.model_name`` (and ``model.update_in_backward``
+    where that is asked for); nothing else of the model changes, and its ``state_dict`` stays as it
+    was.
 
     Args:
         model: a ``torch.nn.Module``, or a callable taking no argument that makes one.
@@ -35,6 +37,12 @@ def build(
             model has, else makes one from its type, numbered after its first use.
         max_norm: clip the gradients' global 2-norm to this in every step; None does not clip. An
             optimizer of torch's is then accelerated (`pyupdate.accelerate`).
+        in_backward: True steps each bucket of parameters as soon as its gradients are there, while
+            `update_model` still differentiates the rest, and frees them: a small part of the
+            gradients exists at a time, and the weights get the same bits. ``update_model`` must
+            then be given ``retain_graph=False``; it takes neither a scaler nor ``defer=True``. Step
+            hooks run before and after the backward pass. A backward pass that raises in the middle
+            leaves stepped what was stepped.
 
     Returns:
         The model.
@@ -42,8 +50,10 @@ def build(
     Raises:
         ValueError: `model` is, or makes, no ``torch.nn.Module``, or one without parameters; the
             name of the optimizer is unknown; what `optimizer` is or returns is no optimizer, or
-            holds none of the model's parameters; `model_name` is empty or no string.
-        TypeError: `max_norm` with an optimizer that cannot be accelerated.
+            holds none of the model's parameters; `model_name` is empty or no string; `in_backward`
+            with what needs all gradients at once (``max_norm``), with tied weights or with a
+            module that reduces gradients over processes.
+        TypeError: `max_norm` or `in_backward` with an optimizer that cannot be accelerated.
 
     Example:
         >>> import torch, pyupdate
@@ -53,6 +63,8 @@ def build(
         >>> model = pyupdate.build(
         ...     lambda: torch.nn.Linear(4, 1), lambda p: torch.optim.SGD(p, lr=0.1), max_norm=1.0
         ... )
+        >>> model = pyupdate.build(torch.nn.Linear(4, 1), "adamw", in_backward=True)
+        >>> pyupdate.update_model(model, model(torch.ones(8, 4)), retain_graph=False)
     """
     if model_name is not None and (not isinstance(model_name, str) or not model_name):
         message = f"model_name must be a string of at least one character, but is {model_name!r}"
@@ -66,5 +78,5 @@ def build(
         frameworks.check_model(made)
     from .pytorch import attach
 
-    result: Model = attach.attach(made, optimizer, model_name, max_norm)
+    result: Model = attach.attach(made, optimizer, model_name, max_norm, in_backward)
     return result

@@ -34,7 +34,8 @@ def update_model(
     The gradients of ``loss.mean()`` are taken for the model's trainable parameters and for nothing
     else, added to what is in their ``.grad``, unscaled, checked, clipped and stepped by
     ``model.current_optimizer`` (see `pyupdate.build`), and dropped. A failure leaves parameters,
-    gradients, optimizer state and `deferred` as they were.
+    gradients, optimizer state and `deferred` as they were. (One exception is asked for by name:
+    ``build(..., in_backward=True)``.)
 
     Args:
         model: a ``torch.nn.Module`` with an optimizer attached as ``model.current_optimizer``.
@@ -56,7 +57,8 @@ def update_model(
     Raises:
         ValueError: `loss` is no tensor; `model` no ``torch.nn.Module``; no optimizer is attached;
             no trainable parameter, or none that the loss reaches or the optimizer holds; `defer`
-            without `deferred`; pending gradients that carry the scale of another scaler.
+            without `deferred`; pending gradients that carry the scale of another scaler;
+            `retain_graph`, `scaler` or `defer` with a model that was built with ``in_backward``.
         RuntimeError: weights that this loss needs were updated before it was differentiated (defer
             the earlier update). Torch's own: a graph used twice, an optimizer stepped or unscaled
             since the last ``scaler.update()``.

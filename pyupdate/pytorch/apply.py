@@ -124,6 +124,12 @@ def name_parameters(model: nn.Module, optimizer: Any) -> None:
     step.set_names(optimizer, {key: name for names in alive for key, name in names.of.items()})
 
 
+def ensure_named(model: nn.Module, optimizer: Any, params: Sequence[Tensor]) -> None:
+    """Call `name_parameters` if the plan does not know these yet."""
+    if not _has_names(model, optimizer, params):
+        name_parameters(model, optimizer)
+
+
 def _has_names(model: nn.Module, optimizer: Any, params: Sequence[Tensor]) -> bool:
     """Whether the plan knows them; two lookups, not a traversal, at every step."""
     for names in _named.get(optimizer, ()):
@@ -151,8 +157,7 @@ def apply(
             unscaling would write into it this costs a copy.
     """
     if step.has_rule(optimizer):
-        if not _has_names(model, optimizer, params):
-            name_parameters(model, optimizer)
+        ensure_named(model, optimizer, params)
         step.step(optimizer, grad_scaler=scaler, only=params)
         return
     with _others_set_aside(optimizer, params):

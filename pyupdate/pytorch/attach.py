@@ -10,12 +10,18 @@ from torch import nn
 
 from pyupdate import frameworks
 
-from . import apply
+from . import apply, in_backward
 
 _names_given: Counter[str] = Counter()
 
 
-def attach(model: nn.Module, optimizer: Any, model_name: str | None, max_norm: float | None) -> Any:
+def attach(
+    model: nn.Module,
+    optimizer: Any,
+    model_name: str | None,
+    max_norm: float | None,
+    during_backward: bool,
+) -> Any:
     """Do what `pyupdate.build` says with a module; nothing is attached if anything is refused."""
     params = list(model.parameters())
     kind = type(model).__name__
@@ -31,10 +37,14 @@ def attach(model: nn.Module, optimizer: Any, model_name: str | None, max_norm: f
         )
         raise ValueError(message)
     kept = getattr(model, "model_name", None)
+    if during_backward:
+        in_backward.check_model(model_name or kept or kind, model, optimizer)
     if model_name is None:
         model_name = kept if isinstance(kept, str) and kept else _new_name(kind)
     model.current_optimizer = optimizer
     model.model_name = model_name  # type: ignore[assignment]
+    if during_backward or in_backward.is_wanted(model):
+        model.update_in_backward = during_backward  # type: ignore[assignment]
     apply.name_parameters(model, optimizer)
     return model
 

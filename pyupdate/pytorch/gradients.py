@@ -21,6 +21,11 @@ _CAUSES = (
     "values, or inside torch.utils.checkpoint with use_reentrant=True (use False)"
 )
 
+_CHANGED_BEFORE = (
+    "the weights of a model that was updated first. Give defer=True (and a deferred dict) to the "
+    "earlier update_model call, and call what it leaves in the dict after this one"
+)
+
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The model's parameters that require gradients, each once, in ``model.parameters()``'s order.
@@ -104,18 +109,11 @@ def drop(params: Sequence[Tensor]) -> None:
         param.grad = None
 
 
-def backward(
-    name: str,
-    loss: Tensor,
-    params: Sequence[Tensor],
-    scaler: torch.amp.GradScaler | None,
-    retain_graph: bool,
-) -> None:
-    """Put the gradients of the loss's mean, times the scaler's scale, into `.grad` (which is None).
+def check_loss(name: str, loss: Tensor) -> None:
+    """Refuse a loss that cannot have gradients.
 
     Raises:
-        ValueError: a loss that cannot have gradients, named with the model.
-        RuntimeError: weights that it needs were changed in place; else torch's own, as it is.
+        ValueError: names the model.
     """
     if not loss.requires_grad:
         message = f"the loss given to update '{name}' does not require gradients: {_CAUSES}"
@@ -125,6 +123,31 @@ def backward(
             f"the loss given to update '{name}' has no elements, so no mean: is a batch empty?"
         )
         raise ValueError(message)
+
+
+def backward(
+    name: str,
+    loss: Tensor,
+    params: Sequence[Tensor],
+    scaler: torch.amp.GradScaler | None,
+    retain_graph: bool,
+    changed: str = _CHANGED_BEFORE,
+) -> None:
+    """Put the gradients of the loss's mean, times the scaler's scale, into `.grad` (which is None).
+
+    Args:
+        name: of the model.
+        loss: of any shape.
+        params: for which gradients are taken.
+        scaler: an enabled one, or None.
+        retain_graph: whether the graph can be used again.
+        changed: the likely cause, and the mend, where values that the graph needs have changed.
+
+    Raises:
+        ValueError: a loss that cannot have gradients, named with the model.
+        RuntimeError: weights that it needs were changed in place; else torch's own, as it is.
+    """
+    check_loss(name, loss)
     with torch.enable_grad():
         if loss.dim() > 0:
             loss = loss.mean()
@@ -137,9 +160,7 @@ def backward(
             raise
         message = (
             f"cannot differentiate the loss of '{name}': values that its graph needs were changed "
-            "in place after the forward pass, most likely the weights of a model that was updated "
-            "first. Give defer=True (and a deferred dict) to the earlier update_model call, and "
-            "call what it leaves in the dict after this one"
+            f"in place after the forward pass, most likely {changed}"
         )
         raise RuntimeError(message) from error
 
@@ -156,15 +177,35 @@ def add(name: str, params: Sequence[Tensor], aside: Aside) -> list[int]:
     """
     after = [param.grad for param in params]
     unreached = [index for index, grad in enumerate(after) if grad is None]
-    if len(unreached) == len(params):
+    check_reached(name, len(params) - len(unreached))
+    if not _all_none(aside.values):
+        _add(params, aside.values)
+    return unreached
+
+
+def check_reached(name: str, count: int) -> None:
+    """Refuse a loss that reaches no parameter.
+
+    Raises:
+        ValueError: names the model.
+    """
+    if count == 0:
         message = f"the loss given to update '{name}' reaches none of its parameters: {_CAUSES}"
         raise ValueError(message)
-    if _all_none(aside.values):
-        return unreached
+
+
+@torch.no_grad()
+def add_value(param: Tensor, value: Tensor) -> None:
+    """Add what one `.grad` held before to what it holds now, into a new tensor."""
+    _add([param], [value])
+
+
+def _add(params: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
     both: list[tuple[Tensor, Tensor, Tensor]] = []
-    for param, old, new in zip(params, aside.values, after, strict=True):
+    for param, old in zip(params, values, strict=True):
         if old is None:
             continue
+        new = param.grad
         if new is None:
             param.grad = old
         elif old.layout is torch.strided and new.layout is torch.strided:
@@ -176,4 +217,3 @@ def add(name: str, params: Sequence[Tensor], aside: Aside) -> list[int]:
         sums: Any = torch._foreach_add(olds, news)
         for param, grad in zip(targets, sums, strict=True):
             param.grad = grad
-    return unreached

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +24,10 @@ Closure = Callable[[], Any]
 ROWS: dict[type[Optimizer], OptimizerRow] = {}
 """Torch's optimizer classes that have rules; `pyupdate.optim` fills it."""
 
+PLANS_KEPT = 8
+"""Plans that are kept of one optimizer, each of a subset: one a model that shares it."""
+
 _ENGINE = "_pyupdate_engine"
-_PLANS_KEPT = 8  # subsets of one optimizer's parameters: one a model that shares it
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Engine:
     rules: dict[str, GroupRule] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     last: LastUpdate | None = None
+    kept: int = PLANS_KEPT
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -132,16 +136,11 @@ def _planned_step(
             loss = closure()
     engine = engine_of(optimizer)
     scaling = amp.scaling_of(grad_scaler, optimizer)
-    if not engine.lock.acquire(blocking=False):
-        message = "this optimizer is being stepped by another thread"
-        raise RuntimeError(message)
-    try:
-        engine.last = _step_once(optimizer, engine, scaling, only)
-    finally:
-        engine.lock.release()
+    with _locked(engine):
+        rules, inputs = _read(optimizer, engine)
+        engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)
     amp.tell(grad_scaler, optimizer, engine.last)
-    if "step" in optimizer.__dict__:  # an lr_scheduler watches whether steps are made
-        optimizer._opt_called = True  # type: ignore[attr-defined]
+    _mark_stepped(optimizer)
     return loss
 
 
@@ -164,12 +163,53 @@ Raises:
 step.hooked = True  # type: ignore[attr-defined]
 
 
-def _step_once(
-    optimizer: Optimizer,
-    engine: Engine,
-    scaling: Scaling,
-    only: Collection[torch.Tensor] | None,
-) -> LastUpdate:
+def _planned_step_in_pieces(
+    optimizer: Optimizer, run: Callable[[Callable[[Collection[torch.Tensor]], None]], None]
+) -> None:
+    engine = engine_of(optimizer)
+    scaling = amp.scaling_of(None, optimizer)
+    with _locked(engine):
+        rules, inputs = _read(optimizer, engine)
+
+        def piece(only: Collection[torch.Tensor]) -> None:
+            engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)
+
+        run(piece)
+    _mark_stepped(optimizer)
+
+
+step_in_pieces = Optimizer.profile_hook_step(_planned_step_in_pieces)
+"""Make one step, piece by piece: its hooks run once, its groups are read once.
+
+Args:
+    optimizer: one with a rule (`has_rule`).
+    run: is called with a function that steps the parameters that it is given, and which it calls as
+        often as it likes, with every parameter at most once.
+
+Raises:
+    What `step` does, and what `run` does. Pieces that were stepped stay stepped.
+"""
+step_in_pieces.hooked = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _locked(engine: Engine) -> Iterator[None]:
+    if not engine.lock.acquire(blocking=False):
+        message = "this optimizer is being stepped by another thread"
+        raise RuntimeError(message)
+    try:
+        yield
+    finally:
+        engine.lock.release()
+
+
+def _mark_stepped(optimizer: Optimizer) -> None:
+    if "step" in optimizer.__dict__:  # an lr_scheduler watches whether steps are made
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs]:
+    """What the groups say at this moment: schedulers just work."""
     row = engine.row
     if row is None:
         row = engine.row = row_of(optimizer)
@@ -183,10 +223,20 @@ def _step_once(
             known = engine.rules[rule.name] = GroupRule(rule, row.counts_steps)
         rules.append(known)
     numbers = [numbers_of(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
-    inputs = Inputs(groups, optimizer.state, numbers)
+    return rules, Inputs(groups, optimizer.state, numbers)
+
+
+def _step_once(
+    optimizer: Optimizer,
+    engine: Engine,
+    rules: list[GroupRule],
+    inputs: Inputs,
+    scaling: Scaling,
+    only: Collection[torch.Tensor] | None,
+) -> LastUpdate:
     key = None if only is None else tuple(map(id, only))
     for _ in range(3):
-        plan = _plan(engine, groups, rules, key)
+        plan = _plan(engine, inputs.groups, rules, key)
         try:
             return plan.step(inputs, options_of(optimizer), scaling)
         except Stale as stale:
@@ -207,7 +257,7 @@ def _plan(
     if plan is not None and plan.parts and plan.rules == rules and plan.choice == choice():
         return plan
     rows = rows_of(groups, None if key is None else frozenset(key), engine.names)
-    while len(engine.plans) >= _PLANS_KEPT:
+    while len(engine.plans) >= engine.kept:
         del engine.plans[next(iter(engine.plans))]
     plan = engine.plans[key] = Plan(rows, rules)
     return plan

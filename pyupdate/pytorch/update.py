@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyupdate import amp
 
-from . import apply, deferral, gradients, reentrant
+from . import apply, deferral, gradients, in_backward, reentrant
 
 
 def update(
@@ -26,6 +26,9 @@ def update(
     deferral.check_deferred(name, defer, deferred)
     optimizer = apply.optimizer_of(model, name)
     scaler = _enabled(scaler)
+    during = in_backward.is_wanted(model)
+    if during:
+        in_backward.check_call(name, optimizer, scaler, retain_graph, defer)
     params = gradients.trainable(model)
     if not params:
         message = (
@@ -41,6 +44,10 @@ def update(
         apply.check_holds(name, optimizer, params)
         if scaler is not None:
             amp.check_can_step(scaler, optimizer)
+    if during:
+        in_backward.update(model, name, optimizer, params, loss)
+        deferral.settle(model, name, deferred)
+        return
 
     aside = gradients.set_aside(params)
     try:
