@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from compiling import ROOT, RULES_HEAD, rules_of
 
-from pyupdate.kernels import emit_cpp, language, rules
+from pyupdate.kernels import emit_cpp, grammar, rules
 from pyupdate.kernels.language import RuleError
 
 
@@ -290,5 +290,5 @@ def test_two_functions_of_one_name_are_not_emitted(tmp_path):
 
 def test_the_table_knows_every_mend_of_the_checker():
     said = " ".join(STATEMENTS.values())
-    for mend in language._MENDS.values():
+    for mend in grammar._MENDS.values():
         assert any(part in mend for part in STATEMENTS.values()), (mend, said)
