@@ -196,19 +196,25 @@ Answer answer(Found found, const Plan& plan, const cpu::Outcome& outcome) {
           outcome.skipped, outcome.multiplier};
 }
 
+// pyupdate/pytorch/request.py's Request, in its order.
+using Wanted = std::tuple<bool, bool, bool, bool, double, double>;
+
+cpu::Request request_of(const Wanted& wanted, int threads) {
+  cpu::Request request;
+  std::tie(request.reduce, request.skip_nonfinite, request.finite_norm, request.inf_norm,
+           request.unscale, request.max_norm) = wanted;
+  request.multiplier = request.unscale;
+  request.threads = threads;
+  return request;
+}
+
 Answer step(Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
-            bool reduce, bool skip_nonfinite, double unscale, double max_norm, int threads) {
+            const Wanted& wanted, int threads) {
   const Busy busy(plan);
   const GradientsHeld held(plan);
   const Found found = refresh(plan, groups, state, numbers);
   if (found != Found::kReady) return answer(found, plan, {});
-  cpu::Request request;
-  request.reduce = reduce;
-  request.skip_nonfinite = skip_nonfinite;
-  request.unscale = request.multiplier = unscale;
-  request.max_norm = max_norm;
-  request.threads = threads;
-  const cpu::Outcome outcome = run(plan, request);
+  const cpu::Outcome outcome = run(plan, request_of(wanted, threads));
   if (!outcome.skipped) plan.settle();
   return answer(found, plan, outcome);
 }
@@ -231,20 +237,15 @@ void refresh_again(Plan& plan, const py::list& groups, const py::dict& state,
 }
 
 // The reduce pass alone: whether an inf or nan was found, the rows that have a gradient, and the
-// sum of squares of each.
-std::tuple<bool, std::vector<int32_t>, std::vector<double>> reduce(Plan& plan,
-                                                                   const py::list& groups,
-                                                                   const py::dict& state,
-                                                                   const Numbers& numbers,
-                                                                   double unscale, int threads) {
+// sum of squares (inf norm: the largest magnitude) of each.
+std::tuple<bool, std::vector<int32_t>, std::vector<double>> reduce(
+    Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
+    const Wanted& wanted, int threads) {
   const Busy busy(plan);
   const GradientsHeld held(plan);
   refresh_again(plan, groups, state, numbers, true);
-  cpu::Request request;
-  request.reduce = true;
+  cpu::Request request = request_of(wanted, threads);
   request.apply = false;
-  request.unscale = unscale;
-  request.threads = threads;
   std::vector<double> sums;
   cpu::Outcome outcome;
   {
@@ -256,13 +257,13 @@ std::tuple<bool, std::vector<int32_t>, std::vector<double>> reduce(Plan& plan,
 
 // The apply pass alone, with a multiplier that somebody made of several plans' sums.
 void apply(Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers,
-           double multiplier, int threads) {
+           const Wanted& wanted, double multiplier, int threads) {
   const Busy busy(plan);
   const GradientsHeld held(plan);
   refresh_again(plan, groups, state, numbers, false);
-  cpu::Request request;
+  cpu::Request request = request_of(wanted, threads);
+  request.reduce = false;
   request.multiplier = multiplier;
-  request.threads = threads;
   run(plan, request);
 }
 
@@ -325,13 +326,12 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
            py::arg("increment_version"), py::arg("tensor_list"), py::arg("groups"),
            py::arg("params"), py::arg("storages"), py::arg("group_of"), py::arg("positions"))
       .def("step", &step, py::arg("groups"), py::arg("state"), py::arg("numbers"),
-           py::arg("reduce"), py::arg("skip_nonfinite"), py::arg("unscale"), py::arg("max_norm"),
-           py::arg("threads"))
+           py::arg("request"), py::arg("threads"))
       .def("check", &check, py::arg("groups"), py::arg("state"), py::arg("numbers"))
       .def("reduce", &reduce, py::arg("groups"), py::arg("state"), py::arg("numbers"),
-           py::arg("unscale"), py::arg("threads"))
+           py::arg("request"), py::arg("threads"))
       .def("apply", &apply, py::arg("groups"), py::arg("state"), py::arg("numbers"),
-           py::arg("multiplier"), py::arg("threads"))
+           py::arg("request"), py::arg("multiplier"), py::arg("threads"))
       .def("vouch", &Plan::vouch)
       .def("active", &Plan::active)
       .def("nbytes", &Plan::bytes)

@@ -47,7 +47,7 @@ namespace text {{
 {functions}
 }}  // namespace text
 
-// ----- the sums of the reduce pass, as stages
+// ----- what the reduce pass adds up or keeps the largest of, as stages
 {reductions}
 // ----- the rules, as the passes see them
 namespace rules {{
@@ -64,8 +64,9 @@ using Rules = List<{names}>;
 def emit(rules: Mapping[str, Rule]) -> str:
     """The whole header for these rules."""
     used: dict[str, Function] = {}
-    shared = [analyse(f) for f in (shipped.multiplier, shipped.squared, shipped.nonfinite)]
-    for function in shared:
+    added = [analyse(f) for f in (shipped.squared, shipped.nonfinite)]
+    largest, join = analyse(shipped.magnitude), analyse(shipped.larger)
+    for function in (analyse(shipped.multiplier), *added, largest, join):
         _collect(function, used)
     for entry in rules.values():
         _collect(entry.prepare, used)
@@ -76,7 +77,7 @@ def emit(rules: Mapping[str, Rule]) -> str:
     return _HEADER.format(
         sources="\n".join(f"//   {path}" for path in sorted(set(map(_source, used.values())))),
         functions="\n".join(map(_function, used.values())),
-        reductions="\n".join(_reduction(f.name) for f in shared[1:]),
+        reductions="\n".join([*map(_reduction, added), _reduction(largest, join)]),
         rules="\n".join(map(_rule, rules.values())),
         names=", ".join(f"rules::{name}" for name in rules),
     )
@@ -269,7 +270,9 @@ def _turn(rule: Rule, stage: Stage) -> str:
     return f"{head}\n{_call(stage.turn, 'double', places, places, '      ')}\n    }}"
 
 
-def _reduction(name: str) -> str:
+def _reduction(function: Function, join: Function | None = None) -> str:
+    name = function.name
+    joined = "a + b" if join is None else f"text::{join.name}<T>(a, b)"
     return f"""struct {name}_stage {{
   static constexpr unsigned kReads = 1u << 1;
   static constexpr unsigned kWrites = 0u;
@@ -282,6 +285,10 @@ def _reduction(name: str) -> str:
   template <class T>
   PYUPDATE_HD static void run(T* element, const T*, const T*, T* sum_out) {{
     sum_out[0] = text::{name}<T>(element[1]);
+  }}
+  template <class T>
+  PYUPDATE_HD static T join(T a, T b) {{
+    return {joined};
   }}
 }};
 """

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .bind import bind
 from .language import Rule, named_results
-from .reduction import sum_of_row
-from .rules import squared
+from .reduction import largest_of_row, sum_of_row
+from .rules import magnitude, squared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,6 +102,13 @@ def sum_of_squares(grad: Array, unscale: float = 1.0) -> float:
     with _quiet():
         scaled = load(grad).reshape(-1)
         return _sum(bind(squared, "numpy")(scaled * scaled.dtype.type(unscale)))
+
+
+def largest_magnitude(grad: Array, unscale: float = 1.0) -> float:
+    """What the reduce pass of the inf norm finds for one row of unscaled gradient."""
+    with _quiet():
+        scaled = load(grad).reshape(-1)
+        return largest_of_row(bind(magnitude, "numpy")(scaled * scaled.dtype.type(unscale)))
 
 
 def _sum(values: Array) -> float:

@@ -3,13 +3,16 @@
 
 Element i of a chunk goes to lane i mod 2,048; a lane adds its elements in the compute type, in
 order; lanes, then the chunks of a row, then rows are added in fp64 by a halving tree over the next
-power of two. Only slices, sums and shapes are used, so one text serves arrays and tensors.
+power of two. The inf norm keeps the largest where the 2-norm adds. Only slices, sums, maxima and
+shapes are used, so one text serves arrays and tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from .rules import larger
 
 CHUNK = 16_384
 LANES = 2_048
@@ -49,6 +52,19 @@ def sum_of_row(values: Any, zeros: Any, widen: Any) -> float:
         wide = wide[:, :half] + wide[:, half:]
         half //= 2
     return halving_tree([float(x) for x in wide[:, 0]])
+
+
+def largest(values: Sequence[float]) -> float:
+    """The largest of some numbers from 0 on, nan if one is nan; 0.0 of none."""
+    most = 0.0
+    for value in values:
+        most = larger(most, value)
+    return most
+
+
+def largest_of_row(values: Any) -> float:
+    """The largest of one row's values from 0 on. Nothing is rounded, so the order is no matter."""
+    return float(values.max()) if values.shape[0] else 0.0
 
 
 def _tree_width(n: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .families.adam import adam, adam_amsgrad, adamw, adamw_amsgrad
 from .families.sgd import sgd, sgd_momentum
-from .language import divide, minimum, where
+from .language import divide, maximum, minimum, where
 
 RULES = {
     entry.name: entry
@@ -24,6 +24,16 @@ RULES = {
 def squared(grad: float) -> float:
     """What the reduce pass adds up, per element of the unscaled gradient."""
     return grad * grad
+
+
+def magnitude(grad: float) -> float:
+    """What the reduce pass keeps the largest of, for the inf norm; never -0, so that 0 is least."""
+    return where(grad <= 0.0, 0.0 - grad, grad)
+
+
+def larger(a: float, b: float) -> float:
+    """How two of those are one: the larger, and nan if either is nan, in any order."""
+    return maximum(a, b)
 
 
 def nonfinite(grad: float) -> float:

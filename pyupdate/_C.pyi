@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .pytorch.request import Request
+
 _Groups = list[dict[str, Any]]
 _State = dict[torch.Tensor, dict[str, Any]]
 _Numbers = Sequence[Sequence[float]]
@@ -58,10 +60,7 @@ class Plan:
         groups: _Groups,
         state: _State,
         numbers: _Numbers,
-        reduce: bool,
-        skip_nonfinite: bool,
-        unscale: float,
-        max_norm: float,
+        request: Request,
         threads: int,
     ) -> tuple[Found, list[int], float, bool, bool, float]:
         """A whole step; (found, rows noticed, norm, non-finite, skipped, multiplier)."""
@@ -70,12 +69,18 @@ class Plan:
         """The refresh alone; what it found and the rows it noticed."""
 
     def reduce(
-        self, groups: _Groups, state: _State, numbers: _Numbers, unscale: float, threads: int
+        self, groups: _Groups, state: _State, numbers: _Numbers, request: Request, threads: int
     ) -> tuple[bool, list[int], list[float]]:
-        """The reduce pass; whether an inf or nan was found, the rows and their sums of squares."""
+        """The reduce pass; whether an inf or nan was found, the rows and what each adds."""
 
     def apply(
-        self, groups: _Groups, state: _State, numbers: _Numbers, multiplier: float, threads: int
+        self,
+        groups: _Groups,
+        state: _State,
+        numbers: _Numbers,
+        request: Request,
+        multiplier: float,
+        threads: int,
     ) -> None:
         """The apply pass with a given multiplier."""
 

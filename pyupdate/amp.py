@@ -13,7 +13,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from .options import LastUpdate
-from .pytorch.plan import Scaling
+from .pytorch.request import Scaling
 
 
 def is_enabled(scaler: GradScaler | None) -> bool:

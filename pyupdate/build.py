@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import frameworks
+from .options import options_from, shows_options
 
 if TYPE_CHECKING:
     import torch
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="torch.nn.Module")
 
 
+@shows_options
 def build(
     model: Model | Callable[[], Model],
     optimizer: str | Callable[[Any], torch.optim.Optimizer] | torch.optim.Optimizer,
     *,
     model_name: str | None = None,
-    max_norm: float | None = None,
     in_backward: bool = False,
+    **options: Any,
 ) -> Model:
     """Attach an optimizer and a name to a model.
 
@@ -35,14 +37,14 @@ def build(
             optimizer that holds at least one of them.
         model_name: how errors and deferred updates name the model. None keeps the name that the
             model has, else makes one from its type, numbered after its first use.
-        max_norm: clip the gradients' global 2-norm to this in every step; None does not clip. An
-            optimizer of torch's is then accelerated (`pyupdate.accelerate`).
         in_backward: True steps each bucket of parameters as soon as its gradients are there, while
             `update_model` still differentiates the rest, and frees them: a small part of the
             gradients exists at a time, and the weights get the same bits. ``update_model`` must
             then be given ``retain_graph=False``; it takes neither a scaler nor ``defer=True``. Step
             hooks run before and after the backward pass. A backward pass that raises in the middle
             leaves stepped what was stepped.
+        **options: `pyupdate.options.Options` by name, such as ``max_norm``. With any of them, an
+            optimizer of torch's is accelerated (`pyupdate.accelerate`).
 
     Returns:
         The model.
@@ -50,10 +52,12 @@ def build(
     Raises:
         ValueError: `model` is, or makes, no ``torch.nn.Module``, or one without parameters; the
             name of the optimizer is unknown; what `optimizer` is or returns is no optimizer, or
-            holds none of the model's parameters; `model_name` is empty or no string; `in_backward`
-            with what needs all gradients at once (``max_norm``), with tied weights or with a
-            module that reduces gradients over processes.
-        TypeError: `max_norm` or `in_backward` with an optimizer that cannot be accelerated.
+            holds none of the model's parameters; `model_name` is empty or no string; the value of
+            an option cannot be had; `in_backward` with what needs all gradients at once
+            (``max_norm``), with tied weights or with a module that reduces gradients over
+            processes.
+        TypeError: an option is unknown, of the wrong type, or given (`in_backward` too) with an
+            optimizer that cannot be accelerated.
 
     Example:
         >>> import torch, pyupdate
@@ -69,6 +73,7 @@ def build(
     if model_name is not None and (not isinstance(model_name, str) or not model_name):
         message = f"model_name must be a string of at least one character, but is {model_name!r}"
         raise ValueError(message)
+    options_from(options, "build")
     made: Any = model
     foreign = frameworks.is_torch_module(made) or frameworks.is_tensorflow(made)
     if not foreign and callable(made):
@@ -78,5 +83,5 @@ def build(
         frameworks.check_model(made)
     from .pytorch import attach
 
-    result: Model = attach.attach(made, optimizer, model_name, max_norm, in_backward)
+    result: Model = attach.attach(made, optimizer, model_name, options, in_backward)
     return result

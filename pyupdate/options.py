@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user adds to a plain step, and what a step leaves to be read."""
+"""What a user adds to a plain step, and what a step leaves to be read.
+
+`Options` is the one text of the options: the optimizer classes, `pyupdate.build` and
+`pyupdate.accelerate` take its fields by name and show them in their signatures.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -11,21 +22,87 @@ class Options:
     """What is added to a plain step.
 
     Attributes:
-        max_norm: the bound of the gradients' global 2-norm, as in torch's ``clip_grad_norm_``;
-            None for no clip.
+        max_norm: the bound of the gradients' global norm, as in torch's ``clip_grad_norm_``; None
+            for no clip.
+        norm_type: which norm that is: 2, or ``math.inf`` for the largest magnitude of any element.
+            The 2-norm of finite float32 gradients can overflow (values near 1e19); the inf norm
+            cannot.
+        error_if_nonfinite: with `max_norm`, raise torch's ``RuntimeError``, before anything is
+            written, if the norm is inf or nan. Also with a scaler, as torch's
+            ``clip_grad_norm_(error_if_nonfinite=True)`` does: its skipped steps raise then.
+        skip_nonfinite: skip the step if a gradient is inf or nan, without a scaler: parameters,
+            state and step counts keep their bits.
     """
 
     max_norm: float | None = None
+    norm_type: float = 2.0
+    error_if_nonfinite: bool = False
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_norm is None:
-            return
-        if isinstance(self.max_norm, bool) or not isinstance(self.max_norm, int | float):
-            message = f"max_norm must be a number or None, not {type(self.max_norm).__name__}"
-            raise TypeError(message)
-        if not self.max_norm >= 0.0:
-            message = f"max_norm must not be negative or nan, but is {self.max_norm}"
+        if self.max_norm is not None:
+            _check_number("max_norm", self.max_norm, " or None")
+            if not self.max_norm >= 0.0:
+                message = f"max_norm must not be negative or nan, but is {self.max_norm}"
+                raise ValueError(message)
+        _check_number("norm_type", self.norm_type)
+        if self.norm_type not in (2.0, math.inf):
+            message = f"norm_type must be 2 or math.inf, but is {self.norm_type}"
             raise ValueError(message)
+        for name in ("error_if_nonfinite", "skip_nonfinite"):
+            if not isinstance(getattr(self, name), bool):
+                found = type(getattr(self, name)).__name__
+                message = f"{name} must be True or False, not {found}"
+                raise TypeError(message)
+        if self.error_if_nonfinite and self.max_norm is None:
+            message = "error_if_nonfinite looks at the norm of max_norm: give a max_norm too"
+            raise ValueError(message)
+        if self.error_if_nonfinite and self.skip_nonfinite:
+            message = "error_if_nonfinite and skip_nonfinite contradict each other: leave one out"
+            raise ValueError(message)
+
+    @property
+    def asked_for(self) -> tuple[str, ...]:
+        """The names of the options that are not at their default."""
+        fields = dataclasses.fields(self)
+        return tuple(f.name for f in fields if getattr(self, f.name) != f.default)
+
+
+def _check_number(name: str, value: object, alternative: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        message = f"{name} must be a number{alternative}, not {type(value).__name__}"
+        raise TypeError(message)
+
+
+PARAMETERS = tuple(
+    inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+    for f in dataclasses.fields(Options)
+)
+"""The options as keyword parameters, for the signature of whatever takes them."""
+
+
+def options_from(given: Mapping[str, Any], taker: str) -> Options:
+    """The options that were given by name.
+
+    Raises:
+        TypeError: one is unknown, or of the wrong type; says what `taker` takes.
+        ValueError: a value cannot be had, alone or beside another one.
+    """
+    names = [parameter.name for parameter in PARAMETERS]
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        message = f"{taker} got an unexpected option '{unknown[0]}'; there are {', '.join(names)}"
+        raise TypeError(message)
+    return Options(**given)
+
+
+def shows_options(function: _F) -> _F:
+    """Let ``help`` show the options in the place of a function's ``**options``."""
+    shown = inspect.signature(function)
+    own = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    signature = shown.replace(parameters=[*own, *PARAMETERS])
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -33,8 +110,9 @@ class LastUpdate:
     """What the last update of an optimizer did.
 
     Attributes:
-        norm: the global 2-norm of the unscaled gradients before clipping; None where nobody asked
-            for it (no scaler and no ``max_norm``).
+        norm: the global norm of the unscaled gradients before clipping (the 2-norm, or that of
+            `Options.norm_type`); None where nobody asked for it (no scaler, no ``max_norm``, no
+            ``skip_nonfinite``).
         skipped: whether nothing was written because a gradient was inf or nan.
         multiplier: what every gradient was multiplied by (unscale x clip).
     """

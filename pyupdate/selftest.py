@@ -22,7 +22,8 @@ from .kernels.language import Rule
 from .kernels.rules import RULES
 from .kernels.rules import multiplier as multiplier_rule
 from .options import Options
-from .pytorch.plan import Plan, Scaling
+from .pytorch.plan import Plan
+from .pytorch.request import Scaling
 from .pytorch.rows import GroupRule, Inputs, Row
 
 Array = np.ndarray[Any, Any]

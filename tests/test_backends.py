@@ -238,6 +238,12 @@ def mixed(monkeypatch, compiled):
     return switch
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"max_norm": 0.7},
+    {"max_norm": 0.7, "norm_type": float("inf"), "skip_nonfinite": True},
+]
+
 SIZES = (40_000, 3, 0, 2047, 1, 20_000, 7)
 
 
@@ -253,14 +259,14 @@ def params_and_groups(case: Case) -> tuple[list[nn.Parameter], list[dict]]:
 
 @cases
 @ways
-@pytest.mark.parametrize("max_norm", [None, 0.7], ids=["plain", "max_norm"])
-def test_a_model_on_several_back_ends_has_one_norm(case: Case, way, max_norm, mixed):
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_model_on_several_back_ends_has_one_norm(case: Case, way, options, mixed):
     # The bits of all on one: the sums of the rows are added in the order of the rows.
     results = []
     for several in (False, True):
         mixed(several)
         params, groups = params_and_groups(case)
-        optimizer = optimizer_of(way, case, groups, max_norm=max_norm)
+        optimizer = optimizer_of(way, case, groups, **options)
         generator = torch.Generator().manual_seed(4)
         norms = []
         for turn in range(6):

@@ -139,8 +139,9 @@ def test_the_loop_of_every_rule_works_on_whole_vectors(rule, storage, isa, insta
 @x86
 @every_isa
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_loop_of_the_reduce_pass_works_on_whole_vectors(storage, isa, installed):
-    assert_vectorised(kernel(installed, isa, "squared_stage", storage), VECTORS[isa])
+@pytest.mark.parametrize("stage", ["squared_stage", "magnitude_stage"])
+def test_the_loop_of_the_reduce_pass_works_on_whole_vectors(stage, storage, isa, installed):
+    assert_vectorised(kernel(installed, isa, stage, storage), VECTORS[isa])
 
 
 @x86

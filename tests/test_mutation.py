@@ -228,6 +228,8 @@ def rules_hold(found: Mapping[str, Rule]) -> None:
 def reductions_hold(found: ModuleType) -> None:
     """The norm's summand, the finite check, and the clip of torch's clip_grad_norm_."""
     assert found.squared(3.0) == 9.0
+    for value in (0.0, -0.0, -1.5, 1e308, 5e-324, -math.inf):
+        assert str(found.magnitude(value)) == str(abs(value))  # the sign of a zero too
     for value in (0.0, -1.5, 1e308, 5e-324):
         assert found.nonfinite(value) == 0.0
     for value in (math.inf, -math.inf, math.nan):

@@ -14,22 +14,22 @@ import torch
 from cases import Case
 
 import pyupdate
+from pyupdate.options import PARAMETERS
 
 WAYS = ("ours", "accelerated")
 ways = pytest.mark.parametrize("way", WAYS)
 
 
-def optimizer_of(
-    way: str, case: Case, params: Any, *, max_norm: float | None = None, **more: Any
-) -> torch.optim.Optimizer:
-    """An optimizer of `pyupdate.optim`, or torch's own, accelerated."""
-    options = {**case.options, **more}
+def optimizer_of(way: str, case: Case, params: Any, **more: Any) -> torch.optim.Optimizer:
+    """An optimizer of `pyupdate.optim`, or torch's own, accelerated; `more` holds options too."""
     name = case.torch_class.__name__
     if way == "ours":
         ours: Any = getattr(pyupdate.optim, name)
-        return ours(params, max_norm=max_norm, **options)
+        return ours(params, **case.options, **more)
+    names = [parameter.name for parameter in PARAMETERS]
+    options = {key: more.pop(key) for key in names if key in more}
     theirs: Any = case.torch_class
-    return pyupdate.accelerate(theirs(params, **options), max_norm=max_norm)
+    return pyupdate.accelerate(theirs(params, **case.options, **more), **options)
 
 
 def plan_of(optimizer: torch.optim.Optimizer) -> Any:

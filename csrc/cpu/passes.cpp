@@ -21,6 +21,16 @@ using cpu::StorageInfo;
 
 static_assert(Storages::size == cpu::kStorages);
 
+// How a lane takes what a stage leaves for it: the reduce pass of the inf norm keeps the largest.
+template <class Stage, class T>
+PYUPDATE_HD T joined(T lane, T left) {
+  if constexpr (requires { Stage::template join<T>(lane, left); }) {
+    return Stage::template join<T>(lane, left);
+  } else {
+    return lane + left;
+  }
+}
+
 // No two roles of a block overlap (the front end has seen to that), so iterations are independent.
 template <class Stage, class Storage>
 void run(const Block& block) {
@@ -50,7 +60,7 @@ void run(const Block& block) {
         for (int64_t turn = 0; turn < kChunk / kLanes; ++turn) {
           element<Stage, Storage>(at, turn * kLanes + i, multiplier, hyper, per_tensor, sum_out,
                                   place);
-          for (int k = 0; k < Stage::kSums; ++k) total[k] += sum_out[k];
+          for (int k = 0; k < Stage::kSums; ++k) total[k] = joined<Stage>(total[k], sum_out[k]);
         }
         for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] = total[k];
       }
@@ -61,7 +71,9 @@ void run(const Block& block) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
         element<Stage, Storage>(at, start + i, multiplier, hyper, per_tensor, sum_out, place);
-        for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] += sum_out[k];
+        for (int k = 0; k < Stage::kSums; ++k) {
+          lanes[k * kLanes + i] = joined<Stage>(lanes[k * kLanes + i], sum_out[k]);
+        }
       }
     }
   }
@@ -81,7 +93,12 @@ void clear(void* lanes, int64_t n) {
 
 template <class T>
 double sum(const void* lanes, int64_t n) {
-  return sum_of_lanes(static_cast<const T*>(lanes), n);
+  return join_lanes(static_cast<const T*>(lanes), n, [](double a, double b) { return a + b; });
+}
+
+template <class T>
+double largest(const void* lanes, int64_t n) {
+  return join_lanes(static_cast<const T*>(lanes), n, text::larger<double>);
 }
 
 constexpr const char* name_of(fp64) { return "float64"; }
@@ -99,7 +116,9 @@ constexpr StorageInfo storage_info() {
           int64_t{sizeof(T)},
           clear<T>,
           sum<T>,
+          largest<T>,
           kernel<squared_stage, S>(),
+          kernel<magnitude_stage, S>(),
           kernel<nonfinite_stage, S>()};
 }
 
@@ -151,6 +170,8 @@ constexpr const RuleInfo* rule_table(List<Rule...>) {
 
 double tree(double* x, int64_t n) { return halving_tree(x, n); }
 
+double largest_of(double* x, int64_t n) { return halve(x, n, text::larger<double>); }
+
 double multiplier_of(double norm, double unscale, double max_norm) {
   return text::multiplier<double>(norm, unscale, max_norm);
 }
@@ -158,8 +179,13 @@ double multiplier_of(double norm, double unscale, double max_norm) {
 }  // namespace
 
 extern const cpu::Passes passes;
-const cpu::Passes passes = {PYUPDATE_STRING(PYUPDATE_ISA), Rules::size, rule_table(Rules{}),
-                            storage_table(Storages{}),     tree,        multiplier_of};
+const cpu::Passes passes = {PYUPDATE_STRING(PYUPDATE_ISA),
+                            Rules::size,
+                            rule_table(Rules{}),
+                            storage_table(Storages{}),
+                            tree,
+                            largest_of,
+                            multiplier_of};
 
 }  // namespace PYUPDATE_ISA
 }  // namespace pyupdate

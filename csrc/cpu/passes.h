@@ -36,8 +36,10 @@ struct StorageInfo {
   // Lane arrays are of the compute type: clear the first n lanes, add up those of n elements.
   void (*clear)(void* lanes, int64_t n);
   double (*sum)(const void* lanes, int64_t n);
-  Kernel squared;    // the reduce pass
-  Kernel nonfinite;  // its second look, where a sum is not finite
+  double (*largest)(const void* lanes, int64_t n);  // likewise, for the inf norm
+  Kernel squared;                                   // the reduce pass for the 2-norm
+  Kernel magnitude;                                 // and for the inf norm
+  Kernel nonfinite;                                 // its second look, where a sum is not finite
 };
 
 struct RuleInfo {
@@ -56,7 +58,9 @@ struct Passes {
   int rule_count;
   const RuleInfo* rules;
   const StorageInfo* storages;  // kStorages of them
-  double (*halving_tree)(double* x, int64_t n);
+  using Tree = double (*)(double* x, int64_t n);
+  Tree halving_tree;
+  Tree largest;
   double (*multiplier)(double norm, double unscale, double max_norm);
 };
 

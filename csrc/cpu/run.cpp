@@ -141,7 +141,7 @@ class Region {
       team.barrier();
       reduce_chunks(team, workspace);
     });
-    for (size_t r = 0; r < tables_.rows.size(); ++r) add_chunks(r, 0, 1);
+    for (size_t r = 0; r < tables_.rows.size(); ++r) add_chunks(r, 0, 1, tree());
     tables_.row_sums_.resize(tables_.rows.size());  // a rule of several sums had asked for more
     outcome_.nonfinite = nonfinite_;
     return outcome_;
@@ -214,8 +214,9 @@ class Region {
       const StorageInfo& storage = passes_.storages[hyper.storage];
       const int64_t count = std::min(kChunk, row.size - chunk * kChunk);
       double* sum = &tables_.chunk_sums_[static_cast<size_t>(row.chunk + chunk)];
-      run_chunk(storage.squared, storage, r, chunk, request_.unscale, workspace);
-      *sum = storage.sum(workspace.lanes, count);
+      const Kernel& kernel = request_.inf_norm ? storage.magnitude : storage.squared;
+      run_chunk(kernel, storage, r, chunk, request_.unscale, workspace);
+      *sum = (request_.inf_norm ? storage.largest : storage.sum)(workspace.lanes, count);
       if (!std::isfinite(*sum)) {  // an inf or nan, or finite squares that overflowed
         run_chunk(storage.nonfinite, storage, r, chunk, request_.unscale, workspace);
         nonfinite = nonfinite || storage.sum(workspace.lanes, count) != 0.0;
@@ -225,21 +226,26 @@ class Region {
   }
 
   void finish_reduce() {
-    for (size_t r = 0; r < tables_.rows.size(); ++r) add_chunks(r, 0, 1);
+    for (size_t r = 0; r < tables_.rows.size(); ++r) add_chunks(r, 0, 1, tree());
     const auto rows = static_cast<int64_t>(tables_.rows.size());
-    outcome_.norm = std::sqrt(passes_.halving_tree(tables_.row_sums_.data(), rows));
+    const double total = tree()(tables_.row_sums_.data(), rows);
+    outcome_.norm = request_.inf_norm ? total : std::sqrt(total);
     outcome_.nonfinite = nonfinite_;
-    outcome_.skipped = request_.skip_nonfinite && outcome_.nonfinite;
+    outcome_.skipped = (request_.skip_nonfinite && outcome_.nonfinite) ||
+                       (request_.finite_norm && !std::isfinite(outcome_.norm));
     outcome_.multiplier = passes_.multiplier(outcome_.norm, request_.unscale, request_.max_norm);
   }
 
-  // Adds the chunks of a row: the sum `index` of `stride` numbers that each row has.
-  void add_chunks(size_t r, int index, int stride) {
+  // How the reduce pass makes one number of several.
+  Passes::Tree tree() const { return request_.inf_norm ? passes_.largest : passes_.halving_tree; }
+
+  // Joins the chunks of a row: the sum `index` of `stride` numbers that each row has.
+  void add_chunks(size_t r, int index, int stride, Passes::Tree tree) {
     const Row& row = tables_.rows[r];
     double* chunks =
         &tables_.chunk_sums_[static_cast<size_t>(index * tables_.chunks() + row.chunk)];
     tables_.row_sums_[r * static_cast<size_t>(stride) + static_cast<size_t>(index)] =
-        passes_.halving_tree(chunks, chunks_of(row.size));
+        tree(chunks, chunks_of(row.size));
   }
 
   // ----- apply
@@ -284,7 +290,8 @@ class Region {
       const RuleInfo& rule = passes_.rules[hyper.rule];
       if (stage >= rule.stages) continue;
       const Kernel& kernel = rule.kernels[stage][hyper.storage];
-      for (int k = 0; k < kernel.sums; ++k) add_chunks(r, kernel.first_sum + k, per_tensor_);
+      for (int k = 0; k < kernel.sums; ++k)
+        add_chunks(r, kernel.first_sum + k, per_tensor_, passes_.halving_tree);
       if (rule.turns[stage] == nullptr) continue;
       const int64_t* at = tables_.scalars.data() + r * static_cast<size_t>(tables_.scalars_);
       double scalars[kMaxScalars] = {};

@@ -50,6 +50,8 @@ class Tables {
 struct Request {
   bool reduce = false;          // take the norm and look for inf and nan
   bool skip_nonfinite = false;  // write nothing if there are any
+  bool finite_norm = false;     // write nothing if the norm is not finite, whoever made it so
+  bool inf_norm = false;        // the norm is the largest |gradient| instead of the 2-norm
   bool apply = true;
   double unscale = 1.0;
   double max_norm = -1.0;   // no clip below zero
@@ -74,7 +76,8 @@ void store_scalar(int64_t tagged, double value);
 
 Outcome run(const Passes& passes, Tables& tables, const Request& request);
 
-// The sums of squares of the unscaled gradients, row by row, for a norm over several plans.
+// The sums of squares of the unscaled gradients (inf norm: the largest of their magnitudes), row by
+// row, for a norm over several plans.
 Outcome reduce_rows(const Passes& passes, Tables& tables, const Request& request,
                     std::vector<double>& sums);
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from ..kernels.language import Rule
 from ..options import LastUpdate
 from ..pytorch.checks import STORAGES
+from ..pytorch.request import Request
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
 
 ISA_VARIABLE = "PYUPDATE_ISA"
@@ -93,26 +94,21 @@ class Part:
         """Memory of the plan's tables."""
         return int(self._plan.nbytes())
 
-    def step(
-        self, inputs: Inputs, *, reduce: bool, skip: bool, unscale: float, max_norm: float
-    ) -> LastUpdate | None:
+    def step(self, inputs: Inputs, request: Request) -> LastUpdate | None:
         """The whole step in one parallel region; None, and nothing done, where state is missing."""
         found, noticed, norm, _, skipped, multiplier = self._plan.step(
             inputs.groups,
             inputs.state,
             inputs.numbers,
-            reduce,
-            skip,
-            unscale,
-            max_norm,
+            request,
             self._threads(),
         )
         if found is not self._ready and found != self._ready:
             if found == self._found.FRESH:
                 return None
             self._settle(found, noticed, inputs)
-            return self.step(inputs, reduce=reduce, skip=skip, unscale=unscale, max_norm=max_norm)
-        return LastUpdate(norm if reduce else None, skipped, multiplier)
+            return self.step(inputs, request)
+        return LastUpdate(norm if request.reduce else None, skipped, multiplier)
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
@@ -122,16 +118,18 @@ class Part:
                 return list(noticed)
             self._settle(found, noticed, inputs)
 
-    def reduce(self, inputs: Inputs, unscale: float) -> tuple[bool, dict[int, float]]:
-        """After a `check`: whether an inf or nan was found, and each row's sum of squares."""
+    def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
+        """After a `check`: whether an inf or nan was found, and what each row adds to the norm."""
         nonfinite, active, sums = self._plan.reduce(
-            inputs.groups, inputs.state, inputs.numbers, unscale, self._threads()
+            inputs.groups, inputs.state, inputs.numbers, request, self._threads()
         )
         return nonfinite, dict(zip(active, sums, strict=True))
 
-    def apply(self, inputs: Inputs, multiplier: float) -> None:
+    def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
-        self._plan.apply(inputs.groups, inputs.state, inputs.numbers, multiplier, self._threads())
+        self._plan.apply(
+            inputs.groups, inputs.state, inputs.numbers, request, multiplier, self._threads()
+        )
 
     def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
         """Say what is wrong, or mend it, or vouch that it is right after all."""

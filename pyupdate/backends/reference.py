@@ -13,9 +13,10 @@ import torch
 
 from ..kernels.bind import bind
 from ..kernels.language import named_results
-from ..kernels.reduction import sum_of_row
-from ..kernels.rules import nonfinite, squared
+from ..kernels.reduction import largest_of_row, sum_of_row
+from ..kernels.rules import magnitude, nonfinite, squared
 from ..pytorch.forks import one_thread_in_forked_child
+from ..pytorch.request import Request
 from ..pytorch.rows import (
     GroupRule,
     Inputs,
@@ -66,22 +67,26 @@ class Part:
         return fresh
 
     @one_thread_in_forked_child()
-    def reduce(self, inputs: Inputs, unscale: float) -> tuple[bool, dict[int, float]]:
-        """After a `check`: whether an inf or nan was found, and each row's sum of squares."""
+    def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
+        """After a `check`: whether an inf or nan was found, and what each row adds to the norm."""
         del inputs
         found = False
         sums = {}
         with torch.no_grad():
             for r, row in self._active():
                 grad = _flat(_gradient(row), row.param)
-                scaled = _load(grad) * _compute(unscale, grad)
-                sums[r] = _sum(bind(squared, "torch")(scaled))
+                scaled = _load(grad) * _compute(request.unscale, grad)
+                if request.inf_norm:
+                    sums[r] = largest_of_row(bind(magnitude, "torch")(scaled))
+                else:
+                    sums[r] = _sum(bind(squared, "torch")(scaled))
                 found = found or bool(bind(nonfinite, "torch")(scaled).any())
         return found, sums
 
     @one_thread_in_forked_child()
-    def apply(self, inputs: Inputs, multiplier: float) -> None:
+    def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
+        del request
         with torch.no_grad():
             for r, row in self._active():
                 self._step_row(r, row, inputs, multiplier)

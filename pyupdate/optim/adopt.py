@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
-from ..options import Options
+from ..options import options_from, shows_options
 from ..pytorch import step as engine
 from .planned import DROP_INS, Planned
 
 _O = TypeVar("_O", bound=Optimizer)
 
 
-def accelerate(optimizer: _O, *, max_norm: float | None = None) -> _O:
+@shows_options
+def accelerate(optimizer: _O, **options: Any) -> _O:
     """Make a stock torch optimizer step through pyupdate; its state and groups stay in place.
 
     The object becomes an instance of the drop-in class (a subclass of its own), so that
@@ -22,22 +23,23 @@ def accelerate(optimizer: _O, *, max_norm: float | None = None) -> _O:
 
     Args:
         optimizer: a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, or one of ours.
-        max_norm: the bound of the gradients' global 2-norm, None for no clip.
+        **options: `pyupdate.options.Options` by name, those that it has from now on.
 
     Returns:
         The same object.
 
     Raises:
         TypeError: it is none of those, it has ``differentiable=True``, or its ``step`` was replaced
-            by somebody else.
+            by somebody else; an option is unknown or of the wrong type.
+        ValueError: an option's value cannot be had.
 
     Example:
         >>> import torch, pyupdate
         >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-        >>> pyupdate.accelerate(optimizer) is optimizer
+        >>> pyupdate.accelerate(optimizer, max_norm=1.0) is optimizer
         True
     """
-    options = Options(max_norm=max_norm)
+    checked = options_from(options, "accelerate")
     if not isinstance(optimizer, Planned):
         drop_in = DROP_INS.get(type(optimizer))
         if drop_in is None or not engine.has_rule(optimizer):
@@ -53,7 +55,7 @@ def accelerate(optimizer: _O, *, max_norm: float | None = None) -> _O:
         optimizer.__class__ = drop_in  # type: ignore[assignment]
         if scheduled is not None:
             _watch_for_scheduler(optimizer)
-    optimizer.__dict__["pyupdate_options"] = options
+    optimizer.__dict__["pyupdate_options"] = checked
     engine.engine_of(optimizer).plans.clear()
     return optimizer
 

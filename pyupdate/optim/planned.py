@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import amp
 from ..kernels.language import Rule
-from ..options import LastUpdate, Options
+from ..options import PARAMETERS, LastUpdate, Options
 from ..pytorch import step as engine
 from ..pytorch.rows import Group, OptimizerRow
 
@@ -28,13 +27,7 @@ warnings.filterwarnings(
     category=FutureWarning,
 )
 
-
-_OPTIONS = {
-    field.name: inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
-    )
-    for field in dataclasses.fields(Options)
-}
+_OPTIONS = frozenset(parameter.name for parameter in PARAMETERS)
 
 DROP_INS: dict[type[Optimizer], type[Planned]] = {}
 """What `accelerate` makes of an optimizer of torch's; `planned` fills it."""
@@ -77,7 +70,7 @@ class Planned(Optimizer):
         below: Any = super().__init__
         own = [p for p in inspect.signature(below).parameters.values() if p.name != "self"]
         rest = [p for p in own if p.kind is p.VAR_KEYWORD]
-        shown = [*(p for p in own if p not in rest), *_OPTIONS.values(), *rest]
+        shown = [*(p for p in own if p not in rest), *PARAMETERS, *rest]
         cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
 
     def step(
@@ -105,10 +98,12 @@ class Planned(Optimizer):
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
 
     def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
-        if engine.options_of(self).max_norm is not None:
+        asked_for = engine.options_of(self).asked_for
+        if asked_for:
             message = (
-                "max_norm cannot be had with differentiable=True, which runs torch's own step: "
-                "clip with torch.nn.utils.clip_grad_norm_, or leave one of them out"
+                f"{', '.join(asked_for)} cannot be had with differentiable=True, which runs "
+                "torch's own step: clip with torch.nn.utils.clip_grad_norm_ or clip_grad_value_ "
+                "yourself, or leave one of them out"
             )
             raise ValueError(message)
         engine.check_closure(closure, scaler)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pyupdate import frameworks
+from pyupdate.options import Options
 
 from . import apply, in_backward
 
@@ -19,7 +20,7 @@ def attach(
     model: nn.Module,
     optimizer: Any,
     model_name: str | None,
-    max_norm: float | None,
+    options: dict[str, Any],
     during_backward: bool,
 ) -> Any:
     """Do what `pyupdate.build` says with a module; nothing is attached if anything is refused."""
@@ -28,7 +29,7 @@ def attach(
     if not params:
         message = f"the model ({kind}) has no parameters, so there is nothing to optimize"
         raise ValueError(message)
-    optimizer = _optimizer(params, optimizer, max_norm)
+    optimizer = _optimizer(params, optimizer, options)
     if not apply.holds_any(optimizer, params):
         message = (
             f"the optimizer ({type(optimizer).__name__}) holds none of the parameters of the model "
@@ -49,7 +50,7 @@ def attach(
     return model
 
 
-def _optimizer(params: list[nn.Parameter], optimizer: Any, max_norm: float | None) -> Any:
+def _optimizer(params: list[nn.Parameter], optimizer: Any, options: dict[str, Any]) -> Any:
     from pyupdate import optim
 
     if isinstance(optimizer, str):
@@ -62,7 +63,7 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, max_norm: float | Non
                 "parameters such as lambda p: torch.optim.Adagrad(p), or an optimizer"
             )
             raise ValueError(message)
-        return kind(params, max_norm=max_norm)
+        return kind(params, **options)
     made = optimizer
     if not apply.is_optimizer(made) and callable(made):
         made = made(params)
@@ -74,9 +75,9 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, max_norm: float | Non
             "model's parameters and returns one"
         )
         raise ValueError(message)
-    if max_norm is None:
+    if not Options(**options).asked_for:
         return made
-    return optim.accelerate(made, max_norm=max_norm)
+    return optim.accelerate(made, **options)
 
 
 def _new_name(kind: str) -> str:

@@ -9,31 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..backends import AUTO, backend_for, choice
 from ..backends import cpu as cpu_backend
 from ..backends import reference as reference_backend
-from ..kernels.reduction import halving_tree
+from ..kernels.reduction import halving_tree, largest
 from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
+from .request import Request, Scaling, request_of
 from .rows import GroupRule, Inputs, Row, make_state
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What a GradScaler adds to a step.
-
-    Attributes:
-        unscale: what the gradients are multiplied by, 1 / scale.
-        check: whether the step looks for inf and nan and is skipped if there are any.
-        found: whether somebody has already found some.
-    """
-
-    unscale: float = 1.0
-    check: bool = False
-    found: bool = False
 
 
 class Part(Protocol):
@@ -48,10 +33,10 @@ class Part(Protocol):
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
 
-    def reduce(self, inputs: Inputs, unscale: float) -> tuple[bool, dict[int, float]]:
-        """Whether an inf or nan was found, and each row's sum of squares."""
+    def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
+        """Whether an inf or nan was found, and what each row adds to the norm."""
 
-    def apply(self, inputs: Inputs, multiplier: float) -> None:
+    def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """Write."""
 
 
@@ -100,43 +85,41 @@ class Plan:
 
         Raises:
             TypeError, ValueError: something is refused; nothing was written.
+            RuntimeError: `Options.error_if_nonfinite`; nothing was written.
             Stale: the plan no longer fits.
         """
         if scaling.found:
             for part in self.parts:
                 part.check(inputs)
             return LastUpdate(None, skipped=True, multiplier=scaling.unscale)
-        max_norm = -1.0 if options.max_norm is None else float(options.max_norm)
-        reduce = scaling.check or options.max_norm is not None
+        request = request_of(options, scaling)
         if len(self.parts) == 1 and isinstance(self.parts[0], cpu_backend.Part):
-            done = self.parts[0].step(
-                inputs,
-                reduce=reduce,
-                skip=scaling.check,
-                unscale=scaling.unscale,
-                max_norm=max_norm,
-            )
+            done = self.parts[0].step(inputs, request)
             if done is not None:
+                request.check_norm(done.norm, options)
                 return done
-        return self._step_in_parts(inputs, scaling, reduce=reduce, max_norm=max_norm)
+        return self._step_in_parts(inputs, options, request)
 
-    def _step_in_parts(
-        self, inputs: Inputs, scaling: Scaling, *, reduce: bool, max_norm: float
-    ) -> LastUpdate:
+    def _step_in_parts(self, inputs: Inputs, options: Options, request: Request) -> LastUpdate:
         fresh = [part.check(inputs) for part in self.parts]
         norm = None
-        multiplier = scaling.unscale
-        if reduce:
+        multiplier = request.unscale
+        if request.reduce:
             sums: dict[int, float] = {}
             nonfinite = False
             for part in self.parts:
-                found, of_rows = part.reduce(inputs, scaling.unscale)
+                found, of_rows = part.reduce(inputs, request)
                 nonfinite = nonfinite or found
                 sums |= {self._order[id(part.rows[r].param)]: s for r, s in of_rows.items()}
-            total = halving_tree([sums[r] for r in sorted(sums)])
-            norm = math.sqrt(total) if total >= 0.0 else math.nan
-            multiplier = multiplier_rule(norm, scaling.unscale, max_norm)
-            if nonfinite and scaling.check:
+            in_order = [sums[r] for r in sorted(sums)]
+            if request.inf_norm:
+                norm = largest(in_order)
+            else:
+                total = halving_tree(in_order)
+                norm = math.sqrt(total) if total >= 0.0 else math.nan
+            request.check_norm(norm, options)
+            multiplier = multiplier_rule(norm, request.unscale, request.max_norm)
+            if nonfinite and request.skip:
                 return LastUpdate(norm, skipped=True, multiplier=multiplier)
         made = self._make_states(fresh, inputs)
         try:
@@ -146,7 +129,7 @@ class Plan:
             self._drop_states(made, inputs)
             raise
         for part in self.parts:
-            part.apply(inputs, multiplier)
+            part.apply(inputs, request, multiplier)
         return LastUpdate(norm, skipped=False, multiplier=multiplier)
 
     def _make_states(self, fresh: Sequence[Sequence[int]], inputs: Inputs) -> list[Row]:

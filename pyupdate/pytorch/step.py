@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from .. import amp
 from ..backends import choice
 from ..options import LastUpdate, Options
-from .plan import Plan, Scaling
+from .plan import Plan
+from .request import Scaling
 from .rows import GroupRule, Inputs, OptimizerRow, Stale, numbers_of, rows_of
 
 Closure = Callable[[], Any]

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options as such: one text, taken everywhere, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_scaler import ADAMW, params_of, set_grads
+from ways import optimizer_of, snapshot, ways
+
+import pyupdate
+from pyupdate.options import Options
+from pyupdate.pytorch.step import options_of
+
+FIELDS = {field.name: field.default for field in dataclasses.fields(Options)}
+
+TAKEN: dict[str, Any] = {
+    "max_norm": 2.0,
+    "norm_type": math.inf,
+    "error_if_nonfinite": True,
+    "skip_nonfinite": True,
+}
+"""A value of each option that is not its default."""
+
+BESIDE: dict[str, dict[str, Any]] = {"error_if_nonfinite": {"max_norm": 1.0}}
+"""What an option cannot be had without."""
+
+REFUSED = [
+    ("max_norm", -1.0),
+    ("max_norm", math.nan),
+    ("max_norm", "1"),
+    ("max_norm", True),
+    ("norm_type", 1.0),
+    ("norm_type", 0),
+    ("norm_type", -math.inf),
+    ("norm_type", math.nan),
+    ("norm_type", "inf"),
+    ("norm_type", None),
+    ("error_if_nonfinite", 1),
+    ("error_if_nonfinite", None),
+    ("skip_nonfinite", "yes"),
+    ("skip_nonfinite", 0),
+]
+
+
+def takers() -> list[Any]:
+    return [pyupdate.build, pyupdate.accelerate, *pyupdate.optim.CLASSES.values()]
+
+
+def with_option(taker: Any, **options: Any) -> Options:
+    """The options that an optimizer has which was made by this taker."""
+    if taker is pyupdate.build:
+        model: Any = pyupdate.build(torch.nn.Linear(2, 2), "sgd", **options)
+        return options_of(model.current_optimizer)
+    params = [torch.nn.Parameter(torch.ones(2))]
+    if taker is pyupdate.accelerate:
+        return options_of(pyupdate.accelerate(torch.optim.SGD(params), **options))
+    return options_of(taker(params, **options))
+
+
+def test_every_option_is_tried_here():
+    assert TAKEN.keys() == FIELDS.keys()
+    assert {name for name, _ in REFUSED} == FIELDS.keys()
+    assert all(name in (Options.__doc__ or "") for name in FIELDS)
+
+
+@pytest.mark.parametrize("taker", takers(), ids=lambda taker: taker.__name__)
+@pytest.mark.parametrize("name", FIELDS)
+def test_everything_takes_every_option_and_shows_it(taker, name):
+    shown = inspect.signature(taker).parameters[name]
+    assert shown.kind is shown.KEYWORD_ONLY
+    assert shown.default == FIELDS[name]
+    options = with_option(taker, **{name: TAKEN[name]}, **BESIDE.get(name, {}))
+    assert getattr(options, name) == TAKEN[name]
+    assert set(options.asked_for) == {name, *BESIDE.get(name, {})}
+    assert not with_option(taker, **{name: FIELDS[name]}).asked_for
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
+@pytest.mark.parametrize("taker", takers()[:3], ids=lambda taker: taker.__name__)
+def test_what_is_no_value_of_an_option_is_refused_by_name(taker, name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must"):
+        with_option(taker, **{name: value})
+
+
+def test_options_that_need_or_exclude_another_one():
+    with pytest.raises(ValueError, match=r"error_if_nonfinite .* give a max_norm"):
+        Options(error_if_nonfinite=True)
+    with pytest.raises(ValueError, match="error_if_nonfinite and skip_nonfinite"):
+        Options(max_norm=1.0, error_if_nonfinite=True, skip_nonfinite=True)
+
+
+def test_an_unknown_option_is_refused_and_nothing_is_attached():
+    stock = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=r"accelerate got an unexpected option 'max_nrom'.*max_nor"):
+        pyupdate.accelerate(stock, max_nrom=1.0)
+    assert type(stock) is torch.optim.SGD
+    model: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="build got an unexpected option 'norm'"):
+        pyupdate.build(model, "sgd", norm=1.0)
+    assert not hasattr(model, "current_optimizer")
+    with pytest.raises(TypeError, match="max_nrom"):
+        pyupdate.optim.SGD(model.parameters(), max_nrom=1.0)
+
+
+def test_options_survive_copies_and_pickles():
+    import copy
+    import pickle
+
+    options = {"max_norm": 1.0, "norm_type": math.inf}
+    optimizer = pyupdate.optim.SGD([torch.nn.Parameter(torch.ones(2))], **options)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert options_of(other) == Options(**options)
+
+
+@ways
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_differentiable_step_has_none_of_them_and_says_so(name, way, backend):
+    params = params_of()
+    options = {name: TAKEN[name]} | BESIDE.get(name, {})
+    optimizer: Any = optimizer_of("ours", ADAMW, params, differentiable=way == "ours", **options)
+    if way == "accelerated":  # switched on later
+        optimizer.param_groups[0]["differentiable"] = True
+    set_grads(params, 0, 1.0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"{name}.*differentiable.*clip_grad_norm_"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
