@@ -32,12 +32,21 @@ struct GroupRule {
   bool idle;  // none of its parameters is in the plan
 };
 
-// Along Storages of types.h: how DLPack says them.
-struct StorageType {
+// How DLPack says a dtype.
+struct DataType {
   uint8_t code, bits;
+  bool operator==(const DataType&) const = default;
 };
-constexpr StorageType kStorageTypes[] = {
-    {dlpack::kFloat, 64}, {dlpack::kFloat, 32}, {dlpack::kBfloat, 16}, {dlpack::kFloat, 16}};
+constexpr DataType kFloat64{dlpack::kFloat, 64}, kFloat32{dlpack::kFloat, 32},
+    kBfloat16{dlpack::kBfloat, 16}, kFloat16{dlpack::kFloat, 16};
+
+// Along Storages of types.h: the dtype of the parameter and its gradient, and that of the state.
+struct StorageType {
+  DataType param, state;
+};
+constexpr StorageType kStorageTypes[cpu::kStorages] = {
+    {kFloat64, kFloat64}, {kFloat32, kFloat32},  {kBfloat16, kBfloat16},
+    {kFloat16, kFloat16}, {kBfloat16, kFloat32}, {kFloat16, kFloat32}};
 
 class Plan {
  public:
@@ -108,6 +117,7 @@ class Plan {
     PyObject* found[kMaxStates + 1 + kMaxScalars];
     size_t present;
     Read roles[kMaxRoles];
+    int64_t storage;  // by the dtypes of the parameter and of the state that is there
     int64_t step;
     int64_t scalars[kMaxScalars];
 
@@ -116,7 +126,9 @@ class Plan {
 
   Found read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* state,
                   const std::vector<std::vector<double>>& numbers);
-  bool read(PyObject* object, int64_t storage, Read* out) const;
+  bool read(PyObject* object, Read* out) const;
+  bool read(PyObject* object, DataType type, Read* out) const;
+  bool read_state(size_t s, Pending* row) const;
   bool read_block(const cpu::Passes& passes, Pending* block, size_t count);
   bool enter_row(const cpu::Passes& passes, Pending& row);
   void release_grads();
@@ -134,6 +146,7 @@ class Plan {
   void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
   void add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
                      const double* counted, const std::vector<std::vector<double>>& numbers);
+  int64_t itemsize(size_t k, int64_t role) const;
   Interval interval(size_t k, int64_t role) const;
   Interval interval(Written written) const;
   bool plainly_injective(size_t k, int64_t role) const;

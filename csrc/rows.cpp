@@ -42,6 +42,19 @@ bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
 
+DataType type_of(const dlpack::Tensor& t) { return {t.dtype.code, t.dtype.bits}; }
+
+// The storage of parameters like those of `storage` and of state of another dtype, -1 if none is.
+int64_t storage_with(int64_t storage, DataType state) {
+  for (int64_t other = 0; other < cpu::kStorages; ++other) {
+    if (kStorageTypes[other].param == kStorageTypes[storage].param &&
+        kStorageTypes[other].state == state) {
+      return other;
+    }
+  }
+  return -1;
+}
+
 void hold(PyObject** place, PyObject* object) {
   Py_XINCREF(object);
   PyObject* before = *place;
@@ -53,7 +66,7 @@ void hold(PyObject** place, PyObject* object) {
 
 // ----- one tensor
 
-bool Plan::read(PyObject* object, int64_t storage, Read* out) const {
+bool Plan::read(PyObject* object, Read* out) const {
   const auto& types = interface_.types;
   if (std::find(types.begin(), types.end(), Py_TYPE(object)) == types.end()) return false;
   if (interface_.exchange->tensor_from_object(object, &out->tensor) != 0) {
@@ -61,12 +74,23 @@ bool Plan::read(PyObject* object, int64_t storage, Read* out) const {
     return false;
   }
   const dlpack::Tensor& t = out->tensor;
-  const StorageType& type = kStorageTypes[storage];
-  if (t.dtype.code != type.code || t.dtype.bits != type.bits || t.dtype.lanes != 1) return false;
+  if (t.dtype.lanes != 1) return false;
   if (!in_host_memory(t) || (t.strides == nullptr && t.ndim != 0)) return false;
   out->address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
   out->contiguous = is_contiguous(t);
   return t.data != nullptr || size_of(t) == 0;
+}
+
+bool Plan::read(PyObject* object, DataType type, Read* out) const {
+  return read(object, out) && type_of(out->tensor) == type;
+}
+
+// The first state decides which storage the row has; the others must be of its dtype.
+bool Plan::read_state(size_t s, Pending* row) const {
+  Read& out = row->roles[kFirstState + s];
+  if (!read(row->found[s], &out)) return false;
+  if (s == 0) row->storage = storage_with(row->storage, type_of(out.tensor));
+  return row->storage >= 0 && type_of(out.tensor) == kStorageTypes[row->storage].state;
 }
 
 // Through the descriptor: an attribute look-up would walk the type's bases first.
@@ -78,8 +102,9 @@ PyObject* Plan::gradient(PyObject* param) const {
 // Torch keeps a scalar as a tensor of one fp32 (fp64 under that default dtype).
 bool Plan::read_scalar(PyObject* scalar, int64_t* tagged) const {
   Read at;
-  const bool is_double = !read(scalar, 1, &at);
-  if (is_double && !read(scalar, 0, &at)) return false;
+  if (!read(scalar, &at)) return false;
+  const bool is_double = type_of(at.tensor) == kFloat64;
+  if (!is_double && !(type_of(at.tensor) == kFloat32)) return false;
   const size_t itemsize = is_double ? sizeof(double) : sizeof(float);
   if (size_of(at.tensor) != 1 || at.address % static_cast<int64_t>(itemsize) != 0) return false;
   *tagged = at.address | (is_double ? 1 : 0);
@@ -155,9 +180,13 @@ bool Plan::read_block(const cpu::Passes& passes, Pending* block, size_t count) {
            (rule(row).has_step ? 1 : 0);
   };
   if (!all([&](Pending& row) {
-        return read(records_[row.r].param, storages_[row.r], &row.roles[kParam]);
+        const DataType type = kStorageTypes[storages_[row.r]].param;
+        row.storage = storage_with(storages_[row.r], type);  // own-type state, if there is none
+        return read(records_[row.r].param, type, &row.roles[kParam]);
       }) ||
-      !all([&](Pending& row) { return read(row.grad, storages_[row.r], &row.roles[kGrad]); }) ||
+      !all([&](Pending& row) {
+        return read(row.grad, kStorageTypes[row.storage].param, &row.roles[kGrad]);
+      }) ||
       // The state: all of it there, or none of it.
       !all([&](Pending& row) {
         if (row.inner) row.present = find_state(row.inner.ptr(), rule(row), row.found);
@@ -169,7 +198,7 @@ bool Plan::read_block(const cpu::Passes& passes, Pending* block, size_t count) {
   for (size_t s = 0; s < static_cast<size_t>(states_); ++s) {
     if (!all([&](Pending& row) {
           if (row.present == 0 || s >= rule(row).state_keys.size()) return true;
-          return read(row.found[s], storages_[row.r], &row.roles[kFirstState + s]);
+          return read_state(s, &row);
         })) {
       return false;
     }
@@ -198,7 +227,6 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
   const size_t k = entered_++;
   Record& record = records_[r];
   const GroupRule& group = groups_[pending.g];
-  const int64_t storage = storages_[r];
   const size_t states = group.state_keys.size();
   const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
   PyObject** held = &held_[r * columns];
@@ -241,7 +269,11 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
     if (!same_shape(roles[kParam].tensor, roles[role].tensor)) return false;
     flat = flat && roles[role].contiguous;
   }
-  const int64_t* itemsize = passes.storages[storage].itemsize;
+  if (storages_[r] != pending.storage) {
+    storages_[r] = static_cast<uint8_t>(pending.storage);
+    written_moved_ = true;  // the same addresses may reach further
+  }
+  const int64_t* itemsize = passes.storages[pending.storage].itemsize;
   for (int64_t role = 0; role < count; ++role) {
     flat = flat && roles[role].address % itemsize[role] == 0;
   }

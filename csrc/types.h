@@ -103,9 +103,11 @@ struct List {
   static constexpr int size = sizeof...(Types);
 };
 
-// The one list of storages that are built; plan.h's storage indices count along it.
+// The one list of storages that are built; plan.h's storage indices count along it. The halves may
+// keep their state in fp32.
 using Storages = List<Storage<fp64, fp64, fp64, double>, Storage<fp32, fp32, fp32, float>,
-                      Storage<bf16, bf16, bf16, float>, Storage<fp16, fp16, fp16, float>>;
+                      Storage<bf16, bf16, bf16, float>, Storage<fp16, fp16, fp16, float>,
+                      Storage<bf16, bf16, fp32, float>, Storage<fp16, fp16, fp32, float>>;
 
 }  // namespace PYUPDATE_ISA
 }  // namespace pyupdate

@@ -38,18 +38,23 @@ PyObject* Plan::written() const {
   return list;
 }
 
+int64_t Plan::itemsize(size_t k, int64_t role) const {
+  const StorageType& type = kStorageTypes[storages_[static_cast<size_t>(active_[k])]];
+  return (role < kFirstState ? type.param : type.state).bits / 8;
+}
+
 // The bytes between the first and the last element of a role.
 Plan::Interval Plan::interval(size_t k, int64_t role) const {
   const Row& row = tables_.rows[k];
   const int64_t start =
       tables_.addresses[k * static_cast<size_t>(tables_.width()) + static_cast<size_t>(role)];
-  const int64_t itemsize = kStorageTypes[storages_[static_cast<size_t>(active_[k])]].bits / 8;
-  if (row.layout < 0) return {start, start + row.size * itemsize};
+  const int64_t size = itemsize(k, role);
+  if (row.layout < 0) return {start, start + row.size * size};
   const int64_t* layout = &tables_.layouts[static_cast<size_t>(row.layout)];
   const int64_t dims = layout[Layout::kDims];
   const int64_t* sizes = layout + Layout::kSizes;
   const int64_t* strides = sizes + dims * (1 + role);
-  int64_t end = start + itemsize;
+  int64_t end = start + size;
   for (int64_t d = 0; d < dims; ++d) end += (sizes[d] - 1) * strides[d];
   return {start, end};
 }
@@ -66,7 +71,7 @@ bool Plan::plainly_injective(size_t k, int64_t role) const {
   std::vector<std::pair<int64_t, int64_t>> order;
   for (int64_t d = 0; d < dims; ++d) order.emplace_back(strides[d], sizes[d]);
   std::sort(order.begin(), order.end());
-  int64_t reach = kStorageTypes[storages_[static_cast<size_t>(active_[k])]].bits / 8;
+  int64_t reach = itemsize(k, role);
   for (const auto& [stride, size] : order) {
     if (stride < reach) return false;
     reach += stride * (size - 1);
@@ -139,6 +144,7 @@ uint64_t Plan::fingerprint() const {
   }
   for (const int64_t address : tables_.addresses) mix(&hash, static_cast<uint64_t>(address));
   for (const int64_t scalar : tables_.scalars) mix(&hash, static_cast<uint64_t>(scalar));
+  for (const int32_t r : active_) mix(&hash, storages_[static_cast<size_t>(r)]);
   for (const int64_t entry : tables_.layouts) mix(&hash, static_cast<uint64_t>(entry));
   return hash == 0 ? 1 : hash;
 }

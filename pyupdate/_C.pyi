@@ -50,7 +50,7 @@ class Plan:
             tensor_list: torch's list type for tensors, or None.
             groups: rule, state keys, and whether torch counts its steps.
             params: the parameters, in the order of the groups.
-            storages: the name of each one's dtype.
+            storages: the name of each one's dtype; that of its state is read.
             group_of: the index of each one's group.
             positions: the place of each one in its group.
         """

@@ -12,7 +12,10 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -32,14 +35,21 @@ class Options:
             ``clip_grad_norm_(error_if_nonfinite=True)`` does: its skipped steps raise then.
         skip_nonfinite: skip the step if a gradient is inf or nan, without a scaler: parameters,
             state and step counts keep their bits.
+        state_dtype: ``torch.float32`` makes and keeps the state of bfloat16 and float16 parameters
+            in float32; other parameters' has their own dtype in any case. None: state has the
+            dtype of its parameter, as in torch, where moving averages stall: a bfloat16 average
+            that moves by less than 1/512 of itself a step does not move at all. Twice the state's
+            memory, for averages that are right.
     """
 
     max_norm: float | None = None
     norm_type: float = 2.0
     error_if_nonfinite: bool = False
     skip_nonfinite: bool = False
+    state_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        _check_state_dtype(self.state_dtype)
         if self.max_norm is not None:
             _check_number("max_norm", self.max_norm, " or None")
             if not self.max_norm >= 0.0:
@@ -72,6 +82,19 @@ def _check_number(name: str, value: object, alternative: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         message = f"{name} must be a number{alternative}, not {type(value).__name__}"
         raise TypeError(message)
+
+
+def _check_state_dtype(value: object) -> None:
+    if value is None:
+        return
+    import torch  # not above: pyupdate is imported without it
+
+    if not isinstance(value, torch.dtype):
+        message = f"state_dtype must be torch.float32 or None, not {type(value).__name__}"
+        raise TypeError(message)
+    if value is not torch.float32:
+        message = f"state_dtype must be torch.float32 or None, but is {value}"
+        raise ValueError(message)
 
 
 PARAMETERS = tuple(

@@ -37,7 +37,15 @@ PROMISE = (
     f"{PARAM_BOUND:g} eps (parameters) and {STATE_BOUND:g} eps (state)"
 )
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+STORAGES = (
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+)
+"""The dtypes of a parameter and of its state."""
 SIZES = (1, 70, 16_389)
 """One element, a few lanes, and a chunk of 16,384 elements with a short one after it."""
 COUNT = 3  # the step that is made
@@ -130,7 +138,7 @@ def _in_force(name: str, label: str) -> Iterator[None]:
 
 def _try(label: str, rule: Rule) -> Result:
     try:
-        found = [_step(rule, dtype) for dtype in DTYPES]
+        found = [_step(rule, *storage) for storage in STORAGES]
     except Exception as error:  # a line that says so, then the next
         return Result(label, rule.name, False, reason=f"{type(error).__name__}: {error}")
     bits = all(same for same, _ in found)
@@ -138,13 +146,13 @@ def _try(label: str, rule: Rule) -> Result:
     return Result(label, rule.name, bits and worst <= 1.0, bits, worst)
 
 
-def _step(rule: Rule, dtype: torch.dtype) -> tuple[bool, float]:
+def _step(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[bool, float]:
     """Whether the bits are the fp32 oracle's; the largest error as a part of its bound."""
     generator = torch.Generator().manual_seed(20_260_101)
 
-    def uniform(size: int, low: float, high: float) -> torch.Tensor:
+    def uniform(size: int, low: float, high: float, kind: torch.dtype = dtype) -> torch.Tensor:
         values = torch.rand(size, dtype=torch.float64, generator=generator)
-        return (values * (high - low) + low).to(dtype)
+        return (values * (high - low) + low).to(kind)
 
     rows: list[Row] = []
     state: dict[torch.Tensor, dict[str, Any]] = {}
@@ -152,7 +160,7 @@ def _step(rule: Rule, dtype: torch.dtype) -> tuple[bool, float]:
     for position, size in enumerate(SIZES):
         param: torch.Tensor = torch.nn.Parameter(uniform(size, -1.0, 1.0))
         param.grad = uniform(size, -4.0, 4.0)
-        state[param] = {key: uniform(size, 0.01, 1.0) for key in rule.state}
+        state[param] = {key: uniform(size, 0.01, 1.0, state_dtype) for key in rule.state}
         state[param]["step"] = torch.tensor(float(COUNT - 1))
         rows.append(Row(param, 0, position, f"tensor {position}"))
         before.append(_stored(rule, param, param.grad, state[param]))

@@ -48,20 +48,27 @@ def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
         raise AssertionError(f"{what}: {wrong.size} of {a.size} differ, first at {i}: {found}")
 
 
-def initial_state(case: Case, param: Array) -> dict[str, Array]:
+def initial_state(
+    case: Case, param: Array, state_dtype: torch.dtype | None = None
+) -> dict[str, Array]:
     like = oracle.load(param)
+    stored = like if state_dtype is not None and param.itemsize == 2 else param
     return {
-        name: oracle.store(np.full_like(like, value), param)
+        name: oracle.store(np.full_like(like, value), stored)
         for name, value in case.rule.state.items()
     }
 
 
 def oracle_steps(
-    case: Case, param: Array, grads: Sequence[Array], multipliers: Sequence[float] | None = None
+    case: Case,
+    param: Array,
+    grads: Sequence[Array],
+    multipliers: Sequence[float] | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Parameter and state after a step on each gradient."""
     sign, numbers = case.numbers()
-    state = initial_state(case, param)
+    state = initial_state(case, param, state_dtype)
     for i, grad in enumerate(grads):
         multiplier = sign * (1.0 if multipliers is None else multipliers[i])
         param, state = oracle.step(

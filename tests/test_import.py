@@ -58,7 +58,7 @@ def test_what_it_imports_takes_little(record_property, capsys):
     out = python("import pyupdate", "-X", "importtime")
     loaded = {line.split("|")[-1].strip() for line in out.stderr.splitlines()}
     ours = {name for name in loaded if name.split(".")[0] == "pyupdate"}
-    assert ours == {"pyupdate", "pyupdate.build", "pyupdate.frameworks"}
+    assert ours == {"pyupdate", "pyupdate.build", "pyupdate.frameworks", "pyupdate.options"}
 
 
 def test_every_public_name_exists():

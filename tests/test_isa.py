@@ -26,9 +26,14 @@ VECTORS = {"v2": "xmm", "v3": "ymm", "v4": "zmm"}
 STORAGES = {
     "fp64": "double",
     "fp32": "float",
-    "bf16": "pyupdate::{}::bf16",
-    "fp16": "pyupdate::{}::fp16",
+    "bf16": "pyupdate::{0}::bf16, pyupdate::{0}::bf16, pyupdate::{0}::bf16",
+    "fp16": "pyupdate::{0}::fp16, pyupdate::{0}::fp16, pyupdate::{0}::fp16",
 }
+WIDE = {
+    "bf16, state fp32": "pyupdate::{0}::bf16, pyupdate::{0}::bf16, float",
+    "fp16, state fp32": "pyupdate::{0}::fp16, pyupdate::{0}::fp16, float",
+}
+"""Where no state is touched, the compiler has one code for these and for state of their own."""
 
 FUSED = re.compile(r"\bv?fn?m(add|sub)")
 PACKED = re.compile(r"\bv?(add|sub|mul|div|sqrt)p[sd]\b")
@@ -98,7 +103,7 @@ def disassembled(path: Path) -> dict[str, Function]:
 
 def kernel(functions: dict[str, Function], isa: str, stage: str, storage: str) -> Function:
     space = f"pyupdate::{isa}::"
-    stored = STORAGES[storage].format(isa)
+    stored = {**STORAGES, **WIDE}[storage].format(isa)
     wanted = f"{space}(anonymous namespace)::run<{space}{stage}, {space}Storage<{stored}, "
     (found,) = (f for name, f in functions.items() if wanted in name)
     return found
@@ -129,8 +134,14 @@ def installed(compiled) -> dict[str, Function]:
 
 @x86
 @every_isa
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "storage"),
+    [
+        (name, storage)
+        for name, rule in RULES.items()
+        for storage in (*STORAGES, *(WIDE if rule.state else ()))
+    ],
+)
 def test_the_loop_of_every_rule_works_on_whole_vectors(rule, storage, isa, installed):
     function = kernel(installed, isa, f"rules::{rule}::stage0", storage)
     assert_vectorised(function, VECTORS[isa])

@@ -101,9 +101,16 @@ class Roles:
             self.others.append(new)
             state[key] = new.tensor
 
-    def assert_right(self, optimizer: torch.optim.Optimizer, case: Case, what: str) -> None:
+    def assert_right(
+        self,
+        optimizer: torch.optim.Optimizer,
+        case: Case,
+        what: str,
+        state_dtype: torch.dtype | None,
+    ) -> None:
         flat = [array_of(grad).reshape(-1) for grad in self.grads]
-        param, state = oracle_steps(case, array_of(self.initial).reshape(-1), flat)
+        initial = array_of(self.initial).reshape(-1)
+        param, state = oracle_steps(case, initial, flat, state_dtype=state_dtype)
         found = self.parameter.detach().contiguous().reshape(-1)
         assert_same_bits(found, param, f"{what} {self.name}")
         for key, value in state.items():
@@ -137,11 +144,16 @@ def roles_in(dtype: torch.dtype) -> list[Roles]:
 
 
 @cases
-@dtypes
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)],
+    ids=["float32", "bfloat16", "bfloat16-float32"],
+)
 @ways
-def test_every_role_in_every_layout(case: Case, dtype, way, backend):
+def test_every_role_in_every_layout(case: Case, dtype, state_dtype, way, backend):
     everything = roles_in(dtype)
-    optimizer = optimizer_of(way, case, [roles.parameter for roles in everything])
+    params = [roles.parameter for roles in everything]
+    optimizer = optimizer_of(way, case, params, state_dtype=state_dtype)
     for step in range(STEPS):
         for roles in everything:
             roles.set_grad(step)
@@ -150,7 +162,7 @@ def test_every_role_in_every_layout(case: Case, dtype, way, backend):
             for roles in everything:
                 roles.move_state(optimizer, case)
     for roles in everything:
-        roles.assert_right(optimizer, case, backend)
+        roles.assert_right(optimizer, case, backend, state_dtype)
 
 
 @cases

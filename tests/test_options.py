@@ -24,6 +24,7 @@ TAKEN: dict[str, Any] = {
     "norm_type": math.inf,
     "error_if_nonfinite": True,
     "skip_nonfinite": True,
+    "state_dtype": torch.float32,
 }
 """A value of each option that is not its default."""
 
@@ -45,6 +46,9 @@ REFUSED = [
     ("error_if_nonfinite", None),
     ("skip_nonfinite", "yes"),
     ("skip_nonfinite", 0),
+    ("state_dtype", "float32"),
+    ("state_dtype", torch.bfloat16),
+    ("state_dtype", torch.float64),
 ]
 
 

@@ -27,10 +27,10 @@ struct Kernel {
   int first_sum = 0;    // index of the first of them among the rule's per-tensor numbers
 };
 
-constexpr int kStorages = 4;
+constexpr int kStorages = 6;
 
 struct StorageInfo {
-  const char* name;  // of the parameter's type; the other roles have the same so far
+  const char* name;  // of the parameter's type; the first of a name has all roles of it
   int64_t itemsize[kMaxRoles];
   int64_t compute_size;
   // Lane arrays are of the compute type: clear the first n lanes, add up those of n elements.

@@ -117,7 +117,7 @@ class Part:
                 if name in stage.sums:
                     per_tensor[name] = _sum(_flat(value.expand(row.param.shape), row.param))
                 else:  # a later stage reads what was stored
-                    known[name] = _load(value.to(row.param.dtype))
+                    known[name] = _load(value.to(places[name].dtype))
             if stage.turn is not None:
                 given = hypers | scalars | per_tensor
                 turned = stage.turn.text(*(given[name] for name in stage.turn.arguments))

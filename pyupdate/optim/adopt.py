@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch.optim import Optimizer
 
 from ..options import options_from, shows_options
+from ..pytorch import state
 from ..pytorch import step as engine
 from .planned import DROP_INS, Planned
 
@@ -23,7 +24,9 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
 
     Args:
         optimizer: a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, or one of ours.
-        **options: `pyupdate.options.Options` by name, those that it has from now on.
+        **options: `pyupdate.options.Options` by name, those that it has from now on. With
+            ``state_dtype``, state that is there already is converted here, once, without loss;
+            without it, state stays in the dtype that it has.
 
     Returns:
         The same object.
@@ -51,10 +54,14 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
                 why = " with differentiable=True" if differentiable else " whose step was replaced"
             message = f"cannot accelerate {found}{why}; accepted are {names} as torch made them"
             raise TypeError(message)
+    wide = state.converted(optimizer, checked.state_dtype)
+    if not isinstance(optimizer, Planned):
         scheduled = optimizer.__dict__.pop("step", None)
-        optimizer.__class__ = drop_in  # type: ignore[assignment]
+        optimizer.__class__ = DROP_INS[type(optimizer)]  # type: ignore[assignment]
         if scheduled is not None:
             _watch_for_scheduler(optimizer)
+    for inner, key, value in wide:
+        inner[key] = value
     optimizer.__dict__["pyupdate_options"] = checked
     engine.engine_of(optimizer).plans.clear()
     return optimizer

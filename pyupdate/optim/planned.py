@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .. import amp
 from ..kernels.language import Rule
 from ..options import PARAMETERS, LastUpdate, Options
+from ..pytorch import state
 from ..pytorch import step as engine
 from ..pytorch.rows import Group, OptimizerRow
 
@@ -96,6 +97,18 @@ class Planned(Optimizer):
         if any(group.get("differentiable", False) for group in self.param_groups):
             return self._differentiable_step(closure, grad_scaler)
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, of this class or of torch's.
+
+        As torch's, but that float32 state of bfloat16 and float16 parameters stays float32, and
+        with ``state_dtype`` all of it becomes float32.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+        """
+        with state.kept_on_load(self, engine.options_of(self).state_dtype):
+            super().load_state_dict(state_dict)
 
     def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         asked_for = engine.options_of(self).asked_for

@@ -7,10 +7,12 @@ the reference back end calls this for every row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from . import state
 
 STORAGES: dict[torch.dtype, str] = {
     torch.float64: "float64",
@@ -61,7 +63,8 @@ def check_gradient(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
         )
         raise TypeError(message)
     _check_kind(grad, f"the gradient of '{name}'")
-    _check_alike(param, grad, f"the gradient of '{name}'", "set .grad to one that is alike")
+    what, mend = f"the gradient of '{name}'", "set .grad to one that is alike"
+    _check_alike(param, grad, (param.dtype,), what, mend)
 
 
 def check_state(param: torch.Tensor, value: object, key: str, name: str) -> None:
@@ -76,7 +79,26 @@ def check_state(param: torch.Tensor, value: object, key: str, name: str) -> None
         message = f"{what} is {type(value).__name__}, not a tensor: load a state dict that fits"
         raise TypeError(message)
     _check_kind(value, what)
-    _check_alike(param, value, what, "load a state dict that fits this model")
+    mend = "load a state dict that fits this model"
+    if param.dtype in state.HALVES:
+        mend = "convert it to torch.float32, or " + mend
+    _check_alike(param, value, state.dtypes_of(param), what, mend)
+
+
+def check_one_dtype(states: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse state of which a part was kept in float32 and a part was not.
+
+    Raises:
+        TypeError: names the dtypes.
+    """
+    found = {key: value.dtype for key, value in states.items()}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"'{key}' {dtype}" for key, dtype in found.items())
+        message = (
+            f"the states of '{name}' have different dtypes ({said}): convert them to one, "
+            "torch.float32 without loss"
+        )
+        raise TypeError(message)
 
 
 def check_scalar(value: object, key: str, name: str) -> None:
@@ -133,8 +155,14 @@ def _check_kind(tensor: torch.Tensor, what: str) -> None:
         raise TypeError(message)
 
 
-def _check_alike(param: torch.Tensor, other: torch.Tensor, what: str, mend: str) -> None:
-    if other.dtype is not param.dtype:
+def _check_alike(
+    param: torch.Tensor,
+    other: torch.Tensor,
+    dtypes: Sequence[torch.dtype],
+    what: str,
+    mend: str,
+) -> None:
+    if other.dtype not in dtypes:
         message = f"{what} has dtype {other.dtype}, but the parameter {param.dtype}: {mend}"
         raise TypeError(message)
     if other.device != param.device:

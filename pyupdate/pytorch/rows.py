@@ -12,6 +12,7 @@ import torch
 
 from ..kernels.language import Rule
 from . import checks
+from . import state as states
 from .forks import one_thread_in_forked_child
 
 Group = dict[str, Any]
@@ -66,6 +67,8 @@ class Inputs:
     state: State
     numbers: list[list[float]]
     """A group each: the sign of the gradient, then what the rule's prepare takes."""
+    state_dtype: torch.dtype | None = None
+    """The option of that name."""
 
 
 def numbers_of(rule: Rule, group: Group) -> list[float]:
@@ -134,6 +137,7 @@ def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
     assert inner is not None
     for key in rule.rule.state:
         checks.check_state(row.param, inner[key], key, row.name)
+    checks.check_one_dtype({key: inner[key] for key in rule.rule.state}, row.name)
     for key in rule.rule.scalars:
         checks.check_scalar(inner[key], key, row.name)
     if rule.counts_steps:
@@ -198,7 +202,8 @@ def make_state(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) 
         for key, initial in rule.rule.scalars.items():
             made[key] = _new_scalar(numbers[initial] if isinstance(initial, str) else initial)
         for key, initial in rule.rule.state.items():
-            values = torch.zeros_like(row.param, memory_format=torch.preserve_format)
+            dtype = states.dtype_for(row.param, inputs.state_dtype)
+            values = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
             if initial == "param":
                 values.copy_(row.param.detach())
             elif initial != 0.0:

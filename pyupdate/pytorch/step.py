@@ -224,7 +224,8 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
             known = engine.rules[rule.name] = GroupRule(rule, row.counts_steps)
         rules.append(known)
     numbers = [numbers_of(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
-    return rules, Inputs(groups, optimizer.state, numbers)
+    state_dtype = options_of(optimizer).state_dtype
+    return rules, Inputs(groups, optimizer.state, numbers, state_dtype)
 
 
 def _step_once(

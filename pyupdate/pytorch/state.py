@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dtype of state: what the option `state_dtype` asks for, and what loading keeps.
+
+A step takes the state of a bfloat16 or float16 parameter in the parameter's dtype or in float32, as
+it finds it. The option says what new state is made in, and what state that is there already becomes
+when it is loaded or accelerated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def dtype_for(param: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """What new state of a parameter is made in, `wanted` being the option `state_dtype`."""
+    return wanted if wanted is not None and param.dtype in HALVES else param.dtype
+
+
+def dtypes_of(param: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """What a step takes state of a parameter in."""
+    return (param.dtype, torch.float32) if param.dtype in HALVES else (param.dtype,)
+
+
+def converted(
+    optimizer: Optimizer, wanted: torch.dtype | None
+) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Whatever state is not yet as `wanted`: where it stands, and the same values in that dtype.
+
+    Nothing of the optimizer is changed, so a lack of memory leaves it as it was.
+    """
+    found = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            for key, value in optimizer.state.get(param, {}).items():
+                ours = isinstance(value, torch.Tensor) and value.dtype is param.dtype
+                if ours and key != "step" and dtype_for(param, wanted) is not param.dtype:
+                    inner = optimizer.state[param]
+                    found.append((inner, key, value.to(dtype_for(param, wanted))))
+    return found
+
+
+@contextmanager
+def kept_on_load(optimizer: Optimizer, wanted: torch.dtype | None) -> Iterator[None]:
+    """Inside, ``load_state_dict`` does not round float32 state to the dtype of its parameter.
+
+    Torch casts all state to the parameter's dtype. Here the state of a bfloat16 or float16
+    parameter becomes `wanted`, and without it stays in float32 if it was saved in it; from any
+    other dtype it is cast as torch does. Other hooks see what they always do: those before the load
+    have run when the state is taken, those after it find the state as it stays.
+    """
+    given: dict[str, Any] = {}
+
+    def take(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        given.update(state_dict)
+
+    def put(_: Optimizer) -> None:
+        _put(optimizer, given, wanted)
+
+    handles = (
+        optimizer.register_load_state_dict_pre_hook(take),
+        optimizer.register_load_state_dict_post_hook(put, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _put(optimizer: Optimizer, given: dict[str, Any], wanted: torch.dtype | None) -> None:
+    for saved, group in zip(given["param_groups"], optimizer.param_groups, strict=True):
+        for index, param in zip(saved["params"], group["params"], strict=True):
+            values = given["state"].get(index)
+            if param.dtype not in HALVES or not isinstance(values, dict):
+                continue
+            inner = optimizer.state[param]
+            for key, value in values.items():
+                if key == "step" or not isinstance(value, torch.Tensor):
+                    continue
+                dtype = torch.float32 if value.dtype is torch.float32 else dtype_for(param, wanted)
+                if inner[key].dtype is not dtype:
+                    inner[key] = value.to(dtype=dtype, device=param.device)
