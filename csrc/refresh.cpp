@@ -10,6 +10,8 @@
 #include <map>
 #include <utility>
 
+#include "ahead.h"
+
 namespace pyupdate {
 
 Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObject*> params,
@@ -29,6 +31,7 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
   const size_t rows = params.size();
   records_.reserve(rows);
   storages_.reserve(rows);
+  leads_ = !params.empty() && ahead::lead_to(params[0]);
   for (size_t r = 0; r < rows; ++r) {
     Py_INCREF(params[r]);
     records_.push_back({params[r], -1});
@@ -150,7 +153,10 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     value = py::reinterpret_borrow<py::object>(next_value);
   };
   walk_on();
-  constexpr size_t kBlock = 32;  // rows read together
+  ahead::Walk dicts(state, ahead::Walk::Depth::kDict), keys(state, ahead::Walk::Depth::kKeys);
+  for (size_t i = 0; i < 3 * ahead::kRows; ++i) dicts.on();
+  for (size_t i = 0; i < 2 * ahead::kRows; ++i) keys.on();
+  constexpr size_t kBlock = 8;  // rows read together: what they touch stays in the first cache
   struct Block {
     Pending rows[kBlock];
     size_t count = 0;
@@ -164,6 +170,9 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   size_t g = 0;
   for (size_t r = 0; r < records_.size(); ++r) {
     const Record& record = records_[r];
+    fetch_ahead(r);
+    dicts.on();
+    keys.on();
     while (static_cast<int32_t>(r) >= group_ends_[g]) ++g;
     const int32_t start = g == 0 ? 0 : group_ends_[g - 1];
     const Py_ssize_t position =
@@ -194,6 +203,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     const size_t k = grads_.size();
     const bool known = k < grads_before.size() && grads_before[k] == grad;
     grads_.push_back(grad);
+    if (leads_) ahead::implementation(grad);
     Pending& row = block.rows[block.count++];
     row.r = r;
     row.g = g;
@@ -213,6 +223,22 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   block.release();
   if (entered_ < tables_.rows.size()) drop_rows_from(entered_);
   return noticed_.empty() ? Found::kReady : Found::kFresh;
+}
+
+void Plan::fetch_ahead(size_t r) const {
+  if (!leads_) return;
+  const auto columns = static_cast<size_t>(states_ + 1);
+  const auto each = [&](size_t row, const auto& fetch) {
+    if (row >= records_.size()) return;
+    fetch(records_[row].param);
+    for (size_t c = 0; c < columns; ++c) {
+      if (const PyObject* object = held_[row * columns + c]) fetch(object);
+    }
+  };
+  each(r + 3 * ahead::kRows, ahead::object);
+  each(r + 2 * ahead::kRows, ahead::implementation);
+  each(r + ahead::kRows, ahead::storage);
+  if (r + ahead::kRows < records_.size()) ahead::autograd(records_[r + ahead::kRows].param);
 }
 
 void Plan::drop_rows_from(size_t k) {

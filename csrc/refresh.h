@@ -141,6 +141,7 @@ class Plan {
   bool is_negated(PyObject* tensor) const;
   bool any_negated(PyObject* const* tensors, size_t count) const;
   void drop_rows_from(size_t k);
+  void fetch_ahead(size_t r) const;
   void find_shared_counters();
   static int64_t version(PyObject* tensor);
   void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
@@ -163,6 +164,7 @@ class Plan {
   int64_t states_;  // columns of held_: states, then the step counter, then scalars
   int64_t scalars_;
   std::vector<PyObject*> held_;  // owned; what was found in the state at the last refresh
+  bool leads_ = false;           // what ahead.h reads of a tensor's object stands there
   bool settled_ = false;         // whether the next two are those of the tensors that are held
   py::object kept_;
   py::object bumped_;
