@@ -25,11 +25,11 @@ def optimizer_of(way: str, case: Case, params: Any, **more: Any) -> torch.optim.
     name = case.torch_class.__name__
     if way == "ours":
         ours: Any = getattr(pyupdate.optim, name)
-        return ours(params, **case.options, **more)
+        return ours(params, **{**case.options, **more})
     names = [parameter.name for parameter in PARAMETERS]
     options = {key: more.pop(key) for key in names if key in more}
     theirs: Any = case.torch_class
-    return pyupdate.accelerate(theirs(params, **case.options, **more), **options)
+    return pyupdate.accelerate(theirs(params, **{**case.options, **more}), **options)
 
 
 def plan_of(optimizer: torch.optim.Optimizer) -> Any:
