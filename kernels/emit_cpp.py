@@ -272,7 +272,13 @@ def _turn(rule: Rule, stage: Stage) -> str:
 
 def _reduction(function: Function, join: Function | None = None) -> str:
     name = function.name
-    joined = "a + b" if join is None else f"text::{join.name}<T>(a, b)"
+    joined = ""
+    if join is not None:
+        joined = f"""  template <class T>
+  PYUPDATE_HD static T join(T a, T b) {{
+    return text::{join.name}<T>(a, b);
+  }}
+"""
     return f"""struct {name}_stage {{
   static constexpr unsigned kReads = 1u << 1;
   static constexpr unsigned kWrites = 0u;
@@ -286,11 +292,7 @@ def _reduction(function: Function, join: Function | None = None) -> str:
   PYUPDATE_HD static void run(T* element, const T*, const T*, T* sum_out) {{
     sum_out[0] = text::{name}<T>(element[1]);
   }}
-  template <class T>
-  PYUPDATE_HD static T join(T a, T b) {{
-    return {joined};
-  }}
-}};
+{joined}}};
 """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .families.adam import adam, adam_amsgrad, adamw, adamw_amsgrad
 from .families.sgd import sgd, sgd_momentum
-from .language import divide, maximum, minimum, where
+from .language import absolute, divide, maximum, minimum, where
 
 RULES = {
     entry.name: entry
@@ -28,7 +28,7 @@ def squared(grad: float) -> float:
 
 def magnitude(grad: float) -> float:
     """What the reduce pass keeps the largest of, for the inf norm; never -0, so that 0 is least."""
-    return where(grad <= 0.0, 0.0 - grad, grad)
+    return absolute(grad)
 
 
 def larger(a: float, b: float) -> float:

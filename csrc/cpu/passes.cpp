@@ -21,10 +21,14 @@ using cpu::StorageInfo;
 
 static_assert(Storages::size == cpu::kStorages);
 
-// How a lane takes what a stage leaves for it: the reduce pass of the inf norm keeps the largest.
+// Whether a lane takes what a stage leaves for it by something else than adding: the reduce pass of
+// the inf norm keeps the largest.
+template <class Stage>
+constexpr bool kJoins = requires { Stage::template join<float>(0.0f, 0.0f); };
+
 template <class Stage, class T>
 PYUPDATE_HD T joined(T lane, T left) {
-  if constexpr (requires { Stage::template join<T>(lane, left); }) {
+  if constexpr (kJoins<Stage>) {
     return Stage::template join<T>(lane, left);
   } else {
     return lane + left;
@@ -51,7 +55,9 @@ void run(const Block& block) {
   } else {
     T* lanes = static_cast<T*>(block.lanes);
     int64_t start = 0;
-    if (block.count == kChunk) {  // all turns of a lane at once: eight streams instead of one
+    // Not where lanes are joined: g++ 12 threads its way through eight comparisons in a row instead
+    // of using vectors, five times slower.
+    if (!kJoins<Stage> && block.count == kChunk) {  // all turns of a lane at once: eight streams instead of one
 #pragma GCC ivdep
       for (int64_t i = 0; i < kLanes; ++i) {
         T total[Stage::kSums];
