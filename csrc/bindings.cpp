@@ -197,12 +197,12 @@ Answer answer(Found found, const Plan& plan, const cpu::Outcome& outcome) {
 }
 
 // pyupdate/pytorch/request.py's Request, in its order.
-using Wanted = std::tuple<bool, bool, bool, bool, double, double>;
+using Wanted = std::tuple<bool, bool, bool, bool, double, double, double>;
 
 cpu::Request request_of(const Wanted& wanted, int threads) {
   cpu::Request request;
   std::tie(request.reduce, request.skip_nonfinite, request.finite_norm, request.inf_norm,
-           request.unscale, request.max_norm) = wanted;
+           request.unscale, request.max_norm, request.clip_value) = wanted;
   request.multiplier = request.unscale;
   request.threads = threads;
   return request;

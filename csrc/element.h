@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The per-element body of every pass: load, multiply, rule, store. Host and device.
+// The per-element body of every pass: load, multiply, clip, rule, store. Host and device.
 //
 // A Stage comes from rules_generated.h: which elements it reads and writes (bit k of a mask is role
 // k: parameter, gradient, states), how many per-tensor sums it leaves, and `run`, the mathematics.
@@ -41,15 +41,28 @@ struct Roles {
   }
 };
 
+// How a stage takes the gradient: multiplied, and clipped to [-clip_value, clip_value] where it is
+// a rule's. An infinite bound changes no value, so nothing is branched on.
+template <class T>
+struct Taken {
+  T multiplier;
+  T clip_value;
+};
+
 // One element. `sum_out` gets what the stage leaves to be added up over the tensor.
 template <class Stage, class Storage, class T = typename Storage::Compute>
-PYUPDATE_HD void element(const Roles<Storage>& at, int64_t i, T multiplier, const T* hyper,
+PYUPDATE_HD void element(const Roles<Storage>& at, int64_t i, Taken<T> taken, const T* hyper,
                          const T* per_tensor, T* sum_out, Place place) {
   constexpr auto reads = [](int role) { return (Stage::kReads >> role & 1u) != 0; };
   constexpr auto writes = [](int role) { return (Stage::kWrites >> role & 1u) != 0; };
   T value[kMaxRoles];
   if constexpr (reads(kParam)) value[kParam] = load(at.param[i]);
-  if constexpr (reads(kGrad)) value[kGrad] = load(at.grad[i]) * multiplier;
+  if constexpr (reads(kGrad)) {
+    value[kGrad] = load(at.grad[i]) * taken.multiplier;
+    if constexpr (requires { Stage::template clip<T>(value[kGrad], taken.clip_value); }) {
+      value[kGrad] = Stage::template clip<T>(value[kGrad], taken.clip_value);
+    }
+  }
   for (int k = kFirstState; k < Stage::kElements; ++k) {
     if (reads(k)) value[k] = load(at.state[k - kFirstState][i]);
   }

@@ -43,8 +43,8 @@ struct HyperRow {
 struct Control {
   double multiplier;  // unscale x clip
   int64_t skip;       // not zero: nothing is written
+  double clip_value;  // bound of each multiplied gradient element, infinite for none
   // Slots of the complete step; the passes do not read them yet.
-  double clip_value;  // bound of each gradient element, infinite for none
   double ema_weight;  // weight of the new parameter in its average, 0 for none
   int64_t seed;       // of stochastic rounding; a store knows (seed, step, element index)
 };

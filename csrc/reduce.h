@@ -53,5 +53,10 @@ PYUPDATE_HD double join_lanes(const T* lanes, int64_t count, Join join) {
   return halve(tree, n, join);
 }
 
+template <class T>
+PYUPDATE_HD double sum_of_lanes(const T* lanes, int64_t count) {
+  return join_lanes(lanes, count, [](double a, double b) { return a + b; });
+}
+
 }  // namespace PYUPDATE_ISA
 }  // namespace pyupdate

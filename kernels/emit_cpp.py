@@ -66,7 +66,8 @@ def emit(rules: Mapping[str, Rule]) -> str:
     used: dict[str, Function] = {}
     added = [analyse(f) for f in (shipped.squared, shipped.nonfinite)]
     largest, join = analyse(shipped.magnitude), analyse(shipped.larger)
-    for function in (analyse(shipped.multiplier), *added, largest, join):
+    clip = analyse(shipped.clipped)
+    for function in (analyse(shipped.multiplier), clip, *added, largest, join):
         _collect(function, used)
     for entry in rules.values():
         _collect(entry.prepare, used)
@@ -252,8 +253,16 @@ def _stage(rule: Rule, index: int, stage: Stage) -> str:
                                 [[maybe_unused]] T* sum_out) {{
 {run}
     }}
-{_turn(rule, stage)}
+{_CLIP if "grad" in stage.elements else ""}{_turn(rule, stage)}
   }};"""
+
+
+_CLIP = """\
+    template <class T>
+    PYUPDATE_HD static T clip(T grad, T clip_value) {
+      return text::clipped<T>(grad, clip_value);
+    }
+"""
 
 
 def _turn(rule: Rule, stage: Stage) -> str:

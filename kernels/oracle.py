@@ -7,13 +7,14 @@ Used by the self-test of ``python -m pyupdate`` and by the tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .bind import bind
 from .language import Rule, named_results
 from .reduction import largest_of_row, sum_of_row
-from .rules import magnitude, squared
+from .rules import clipped, magnitude, squared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +54,7 @@ def step(
     *,
     count: int,
     multiplier: float = 1.0,
+    clip_value: float = math.inf,
 ) -> tuple[Array, dict[str, Array]]:
     """The parameter and state after step `count` (the first is 1), as new arrays.
 
@@ -65,6 +67,7 @@ def step(
         numbers: what the rule's prepare takes after the step count.
         count: the step that is made.
         multiplier: of the gradient: unscale x clip, negative where the group maximizes.
+        clip_value: the bound of each element of the multiplied gradient.
     """
     import numpy as np
 
@@ -77,7 +80,8 @@ def step(
     known |= {name: load(state[name]) for name in rule.state}
     per_tensor: dict[str, float] = {"numel": float(param.size)}
     with np.errstate(all="ignore"):
-        known["grad"] = load(grad) * compute(multiplier)
+        scaled = load(grad) * compute(multiplier)
+        known["grad"] = bind(clipped, "numpy")(scaled, compute(clip_value))
         for stage in rule.stages:
             function = bind(stage.function.text, "numpy")
             out = function(*(known[name] for name in stage.function.arguments))

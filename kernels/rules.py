@@ -36,6 +36,12 @@ def larger(a: float, b: float) -> float:
     return maximum(a, b)
 
 
+def clipped(grad: float, clip_value: float) -> float:
+    """The gradient in [-clip_value, clip_value], as torch's clip_grad_value_; a nan stays one."""
+    lowest = 0.0 - clip_value
+    return where(grad > clip_value, clip_value, where(grad < lowest, lowest, grad))
+
+
 def nonfinite(grad: float) -> float:
     """1 for an inf or nan, else 0: the reduce pass looks again where its sum is not finite."""
     return where(grad - grad == 0.0, 0.0, 1.0)

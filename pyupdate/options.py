@@ -35,6 +35,8 @@ class Options:
             ``clip_grad_norm_(error_if_nonfinite=True)`` does: its skipped steps raise then.
         skip_nonfinite: skip the step if a gradient is inf or nan, without a scaler: parameters,
             state and step counts keep their bits.
+        clip_value: the bound of every element of the gradient, as in torch's
+            ``clip_grad_value_``, after it was unscaled and clipped by `max_norm`; None for none.
         state_dtype: ``torch.float32`` makes and keeps the state of bfloat16 and float16 parameters
             in float32; other parameters' has their own dtype in any case. None: state has the
             dtype of its parameter, as in torch, where moving averages stall: a bfloat16 average
@@ -46,14 +48,18 @@ class Options:
     norm_type: float = 2.0
     error_if_nonfinite: bool = False
     skip_nonfinite: bool = False
+    clip_value: float | None = None
     state_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         _check_state_dtype(self.state_dtype)
-        if self.max_norm is not None:
-            _check_number("max_norm", self.max_norm, " or None")
-            if not self.max_norm >= 0.0:
-                message = f"max_norm must not be negative or nan, but is {self.max_norm}"
+        for name in ("max_norm", "clip_value"):
+            bound = getattr(self, name)
+            if bound is None:
+                continue
+            _check_number(name, bound, " or None")
+            if not bound >= 0.0:
+                message = f"{name} must not be negative or nan, but is {bound}"
                 raise ValueError(message)
         _check_number("norm_type", self.norm_type)
         if self.norm_type not in (2.0, math.inf):
@@ -137,7 +143,7 @@ class LastUpdate:
             `Options.norm_type`); None where nobody asked for it (no scaler, no ``max_norm``, no
             ``skip_nonfinite``).
         skipped: whether nothing was written because a gradient was inf or nan.
-        multiplier: what every gradient was multiplied by (unscale x clip).
+        multiplier: what every gradient was multiplied by (unscale x clip by the norm).
     """
 
     norm: float | None

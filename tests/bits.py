@@ -65,6 +65,7 @@ def oracle_steps(
     grads: Sequence[Array],
     multipliers: Sequence[float] | None = None,
     state_dtype: torch.dtype | None = None,
+    **more: float,
 ) -> tuple[Array, dict[str, Array]]:
     """Parameter and state after a step on each gradient."""
     sign, numbers = case.numbers()
@@ -72,7 +73,7 @@ def oracle_steps(
     for i, grad in enumerate(grads):
         multiplier = sign * (1.0 if multipliers is None else multipliers[i])
         param, state = oracle.step(
-            case.rule, param, grad, state, numbers, count=i + 1, multiplier=multiplier
+            case.rule, param, grad, state, numbers, count=i + 1, multiplier=multiplier, **more
         )
     return param, state
 

@@ -24,6 +24,7 @@ TAKEN: dict[str, Any] = {
     "norm_type": math.inf,
     "error_if_nonfinite": True,
     "skip_nonfinite": True,
+    "clip_value": 0.5,
     "state_dtype": torch.float32,
 }
 """A value of each option that is not its default."""
@@ -36,6 +37,10 @@ REFUSED = [
     ("max_norm", math.nan),
     ("max_norm", "1"),
     ("max_norm", True),
+    ("clip_value", -1.0),
+    ("clip_value", math.nan),
+    ("clip_value", False),
+    ("clip_value", (-1.0, 1.0)),
     ("norm_type", 1.0),
     ("norm_type", 0),
     ("norm_type", -math.inf),

@@ -40,7 +40,7 @@ template <class Stage, class Storage>
 void run(const Block& block) {
   using T = typename Storage::Compute;
   const Roles<Storage> at = Roles<Storage>::of(block.role);
-  const T multiplier = static_cast<T>(block.multiplier);
+  const Taken<T> taken{static_cast<T>(block.multiplier), static_cast<T>(block.clip_value)};
   const Place place{block.seed, block.step, block.element};
   T hyper[Stage::kHypers + 1], per_tensor[Stage::kPerTensorRead + 1], sum_out[Stage::kSums + 1];
   for (int k = 0; k < Stage::kHypers; ++k) hyper[k] = static_cast<T>(block.hyper[k]);
@@ -50,22 +50,22 @@ void run(const Block& block) {
   if constexpr (Stage::kSums == 0) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < block.count; ++i) {
-      element<Stage, Storage>(at, i, multiplier, hyper, per_tensor, sum_out, place);
+      element<Stage, Storage>(at, i, taken, hyper, per_tensor, sum_out, place);
     }
   } else {
     T* lanes = static_cast<T*>(block.lanes);
     int64_t start = 0;
     // Not where lanes are joined: g++ 12 threads its way through eight comparisons in a row instead
     // of using vectors, five times slower.
-    if (!kJoins<Stage> && block.count == kChunk) {  // all turns of a lane at once: eight streams instead of one
+    if (!kJoins<Stage> &&
+        block.count == kChunk) {  // all turns of a lane at once: eight streams instead of one
 #pragma GCC ivdep
       for (int64_t i = 0; i < kLanes; ++i) {
         T total[Stage::kSums];
         for (int k = 0; k < Stage::kSums; ++k) total[k] = lanes[k * kLanes + i];
 #pragma GCC unroll 8
         for (int64_t turn = 0; turn < kChunk / kLanes; ++turn) {
-          element<Stage, Storage>(at, turn * kLanes + i, multiplier, hyper, per_tensor, sum_out,
-                                  place);
+          element<Stage, Storage>(at, turn * kLanes + i, taken, hyper, per_tensor, sum_out, place);
           for (int k = 0; k < Stage::kSums; ++k) total[k] = joined<Stage>(total[k], sum_out[k]);
         }
         for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] = total[k];
@@ -76,7 +76,7 @@ void run(const Block& block) {
       const int64_t n = block.count - start < kLanes ? block.count - start : kLanes;
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        element<Stage, Storage>(at, start + i, multiplier, hyper, per_tensor, sum_out, place);
+        element<Stage, Storage>(at, start + i, taken, hyper, per_tensor, sum_out, place);
         for (int k = 0; k < Stage::kSums; ++k) {
           lanes[k * kLanes + i] = joined<Stage>(lanes[k * kLanes + i], sum_out[k]);
         }
@@ -99,7 +99,7 @@ void clear(void* lanes, int64_t n) {
 
 template <class T>
 double sum(const void* lanes, int64_t n) {
-  return join_lanes(static_cast<const T*>(lanes), n, [](double a, double b) { return a + b; });
+  return sum_of_lanes(static_cast<const T*>(lanes), n);
 }
 
 template <class T>

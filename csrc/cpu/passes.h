@@ -13,6 +13,7 @@ struct Block {
   int64_t step;              // the step count, for a store that draws
   int64_t seed;              // likewise
   double multiplier;         // of the gradient
+  double clip_value;         // bound of the multiplied gradient, infinite for none
   const double* hyper;       // the hypers of the row's hyper row
   const double* per_tensor;  // the row's numbers that earlier stages and turns left
   void* lanes;  // kMaxSums x kLanes of the compute type; a stage with sums adds to them

@@ -317,6 +317,7 @@ class Region {
     block.step = hyper.step;
     block.seed = 0;
     block.multiplier = multiplier;
+    block.clip_value = request_.clip_value;
     block.hyper = &tables_.hypers[static_cast<size_t>(hyper.offset)];
     block.per_tensor = tables_.row_sums_.data() + r * static_cast<size_t>(per_tensor_);
     block.lanes = workspace.lanes;

@@ -2,6 +2,7 @@
 // Runs a plan on the CPU: one parallel region a step, over a flat list of (row, chunk).
 #pragma once
 #include <atomic>
+#include <limits>
 #include <vector>
 
 #include "../plan.h"
@@ -54,7 +55,9 @@ struct Request {
   bool inf_norm = false;        // the norm is the largest |gradient| instead of the 2-norm
   bool apply = true;
   double unscale = 1.0;
-  double max_norm = -1.0;   // no clip below zero
+  double max_norm = -1.0;  // no clip below zero
+  // Bound of every multiplied gradient element, infinite for none.
+  double clip_value = std::numeric_limits<double>::infinity();
   double multiplier = 1.0;  // used as it is if `reduce` is off
   int threads = 1;
   // Called by the calling thread once it is certain that something will be written, while the

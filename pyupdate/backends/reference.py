@@ -14,7 +14,7 @@ import torch
 from ..kernels.bind import bind
 from ..kernels.language import named_results
 from ..kernels.reduction import largest_of_row, sum_of_row
-from ..kernels.rules import magnitude, nonfinite, squared
+from ..kernels.rules import clipped, magnitude, nonfinite, squared
 from ..pytorch.forks import one_thread_in_forked_child
 from ..pytorch.request import Request
 from ..pytorch.rows import (
@@ -86,16 +86,17 @@ class Part:
     @one_thread_in_forked_child()
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
-        del request
         with torch.no_grad():
             for r, row in self._active():
-                self._step_row(r, row, inputs, multiplier)
+                self._step_row(r, row, inputs, request, multiplier)
         self._made = frozenset()
 
     def _active(self) -> list[tuple[int, Row]]:
         return [(r, row) for r, row in enumerate(self.rows) if row.param.grad is not None]
 
-    def _step_row(self, r: int, row: Row, inputs: Inputs, multiplier: float) -> None:
+    def _step_row(
+        self, r: int, row: Row, inputs: Inputs, request: Request, multiplier: float
+    ) -> None:
         group = self._rules[row.group]
         rule = group.rule
         sign, *numbers = inputs.numbers[row.group]
@@ -108,7 +109,8 @@ class Part:
         known = {name: _compute(hyper, like) for name, hyper in hypers.items()}
         places = {"param": row.param, **{name: state[name] for name in rule.state}}
         known |= {name: _load(place) for name, place in places.items()}
-        known["grad"] = _load(_gradient(row)) * _compute(multiplier * sign, like)
+        scaled = _load(_gradient(row)) * _compute(multiplier * sign, like)
+        known["grad"] = bind(clipped, "torch")(scaled, _compute(request.clip_value, like))
         per_tensor = {"numel": float(row.param.numel())}
         for stage in rule.stages:
             function = bind(stage.function.text, "torch")

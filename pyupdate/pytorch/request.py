@@ -35,6 +35,7 @@ class Request(NamedTuple):
         inf_norm: the norm is the largest magnitude, not the 2-norm.
         unscale: what every gradient is multiplied by before the norm is taken.
         max_norm: the bound of the norm, negative for no clip.
+        clip_value: the bound of every multiplied gradient element, infinite for none.
     """
 
     reduce: bool
@@ -43,6 +44,7 @@ class Request(NamedTuple):
     inf_norm: bool
     unscale: float
     max_norm: float
+    clip_value: float
 
     def check_norm(self, norm: float | None, options: Options) -> None:
         """Refuse a norm that is not finite, where that was asked for.
@@ -70,4 +72,5 @@ def request_of(options: Options, scaling: Scaling) -> Request:
         inf_norm=options.norm_type != 2.0,
         unscale=scaling.unscale,
         max_norm=-1.0 if options.max_norm is None else float(options.max_norm),
+        clip_value=math.inf if options.clip_value is None else float(options.clip_value),
     )
