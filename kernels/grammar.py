@@ -101,16 +101,34 @@ def analyse(text: Text) -> Function:
         RuleError: with file, line and the mend.
     """
     assert isinstance(text, FunctionType)
-    module = ast.parse(textwrap.dedent(inspect.getsource(text)))
-    tree = module.body[0]
-    assert isinstance(tree, ast.FunctionDef)
+    tree = _parse(text)
     ast.increment_lineno(tree, text.__code__.co_firstlineno - 1)
     return _Check(text, tree).run()
 
 
-def error_at(text: Text, node: ast.AST, message: str) -> RuleError:
-    """The error for one place of a function."""
-    line = getattr(node, "lineno", "?")
+def _parse(text: FunctionType) -> ast.FunctionDef:
+    first = text.__code__.co_firstlineno
+    if hasattr(text, "__wrapped__"):
+        message = "another decorator wraps this function: its text is not what would run"
+        raise error_at(text, first, message)
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(text))).body
+    except (OSError, SyntaxError, ValueError):
+        tree = None
+    if isinstance(tree, ast.FunctionDef) and tree.name == text.__name__:
+        return tree
+    if text.__name__ == "<lambda>" or isinstance(tree, ast.AsyncFunctionDef):
+        raise error_at(text, first, "a text of the language is a function made by 'def'")
+    message = (
+        "the text of this function cannot be read (made by exec, python -c or at a prompt?): "
+        "write it in a file and import it"
+    )
+    raise error_at(text, first, message)
+
+
+def error_at(text: Text, node: ast.AST | int, message: str) -> RuleError:
+    """The error for one place of a function, a node of its tree or a line."""
+    line = node if isinstance(node, int) else getattr(node, "lineno", "?")
     return RuleError(f"{text.__code__.co_filename}:{line}: in {text.__name__}: {message}")
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .build import build  # not lazily: the module of that name would take the function's place
 
 if TYPE_CHECKING:
-    from . import optim
+    from . import language, optim
     from .backends import use_backend
+    from .kernels.own import rule
     from .optim import accelerate
     from .update import last_update, update_model
 
@@ -27,8 +28,10 @@ __all__ = [
     "__version__",
     "accelerate",
     "build",
+    "language",
     "last_update",
     "optim",
+    "rule",
     "update_model",
     "use_backend",
 ]
@@ -36,6 +39,7 @@ __all__ = [
 _HOMES = {
     "accelerate": ".optim",
     "last_update": ".update",
+    "rule": ".kernels.own",
     "update_model": ".update",
     "use_backend": ".backends",
 }
@@ -44,8 +48,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return importlib.import_module(".optim", __name__)
+    if name in ("language", "optim"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name], __name__), name)
         globals()[name] = value

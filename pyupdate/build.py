@@ -12,17 +12,19 @@ from .options import options_from, shows_options
 if TYPE_CHECKING:
     import torch
 
+    from .kernels.language import Rule
+
 Model = TypeVar("Model", bound="torch.nn.Module")
 
 
 @shows_options
 def build(
     model: Model | Callable[[], Model],
-    optimizer: str | Callable[[Any], torch.optim.Optimizer] | torch.optim.Optimizer,
+    optimizer: str | Rule | Callable[[Any], torch.optim.Optimizer] | torch.optim.Optimizer,
     *,
     model_name: str | None = None,
     in_backward: bool = False,
-    **options: Any,
+    **arguments: Any,
 ) -> Model:
     """Attach an optimizer and a name to a model.
 
@@ -32,9 +34,9 @@ def build(
 
     Args:
         model: a ``torch.nn.Module``, or a callable taking no argument that makes one.
-        optimizer: "adam", "adamw" or "sgd" (`pyupdate.optim`'s, with torch's defaults); or a
-            callable that gets the list of the model's parameters and returns an optimizer; or an
-            optimizer that holds at least one of them.
+        optimizer: "adam", "adamw" or "sgd" (`pyupdate.optim`'s, with torch's defaults); or a rule
+            of your own (`pyupdate.rule`); or a callable that gets the list of the model's
+            parameters and returns an optimizer; or an optimizer that holds at least one of them.
         model_name: how errors and deferred updates name the model. None keeps the name that the
             model has, else makes one from its type, numbered after its first use.
         in_backward: True steps each bucket of parameters as soon as its gradients are there, while
@@ -43,8 +45,9 @@ def build(
             then be given ``retain_graph=False``; it takes neither a scaler nor ``defer=True``. Step
             hooks run before and after the backward pass. A backward pass that raises in the middle
             leaves stepped what was stepped.
-        **options: `pyupdate.options.Options` by name, such as ``max_norm``. With any of them, an
-            optimizer of torch's is accelerated (`pyupdate.accelerate`).
+        **arguments: `pyupdate.options.Options` by name, such as ``max_norm``. With any of them, an
+            optimizer of torch's is accelerated (`pyupdate.accelerate`). Where `optimizer` is a name
+            or a rule, also what its class takes besides the parameters, such as ``lr``.
 
     Returns:
         The model.
@@ -64,6 +67,7 @@ def build(
         >>> model = pyupdate.build(torch.nn.Linear(4, 1), "adamw", model_name="line")
         >>> type(model.current_optimizer).__name__, model.model_name
         ('AdamW', 'line')
+        >>> model = pyupdate.build(torch.nn.Linear(4, 1), "sgd", lr=0.1, momentum=0.9)
         >>> model = pyupdate.build(
         ...     lambda: torch.nn.Linear(4, 1), lambda p: torch.optim.SGD(p, lr=0.1), max_norm=1.0
         ... )
@@ -73,7 +77,10 @@ def build(
     if model_name is not None and (not isinstance(model_name, str) or not model_name):
         message = f"model_name must be a string of at least one character, but is {model_name!r}"
         raise ValueError(message)
-    options_from(options, "build")
+    from .kernels.language import Rule
+
+    if not isinstance(optimizer, str | Rule):
+        options_from(arguments, "build")
     made: Any = model
     foreign = frameworks.is_torch_module(made) or frameworks.is_tensorflow(made)
     if not foreign and callable(made):
@@ -83,5 +90,5 @@ def build(
         frameworks.check_model(made)
     from .pytorch import attach
 
-    result: Model = attach.attach(made, optimizer, model_name, options, in_backward)
+    result: Model = attach.attach(made, optimizer, model_name, arguments, in_backward)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import linecache
 import os
 import pkgutil
 import re
@@ -61,8 +62,10 @@ def test_the_python_blocks_of_a_page(page: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", text_of(page), flags=re.M | re.S)
     if page.name == "README.md":
         assert len(blocks) >= 5
-    for block in blocks:
-        exec(compile(block, page.name, "exec"), session)
+    for number, block in enumerate(blocks):
+        name = f"<block {number} of {page.name}>"  # a rule's text is read where Python keeps it
+        linecache.cache[name] = (len(block), None, block.splitlines(keepends=True), name)
+        exec(compile(block, name, "exec"), session)
     if page.name == "README.md":  # the deferred updates were made, and left nothing behind
         updated = pyupdate.last_update(session["critic"])
         assert updated is not None
@@ -108,3 +111,14 @@ def test_the_demo(choice: str) -> None:
     assert len(re.findall(r"^epoch ", done.stdout, flags=re.M)) == 12  # no terminal: a line each
     for contestant in ("pyupdate", "torch.optim.AdamW ", "torch.optim.AdamW(fused=True)"):
         assert re.search(rf"^  {re.escape(contestant)} .* us", done.stdout, flags=re.M)
+
+
+def test_the_rule_of_ones_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / "own_rule.py")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "loss 0.000000\nweights 1.00 -2.00 3.00 0.50\n"

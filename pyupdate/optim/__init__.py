@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from . import stock
 from .adopt import accelerate
+from .own import from_rule
 from .planned import Planned
 from .stock import SGD, Adam, AdamW
 
@@ -23,4 +24,4 @@ CLASSES: dict[str, type[Planned]] = {
 }
 """Every optimizer class by its name; `pyupdate.build` takes the names in any case."""
 
-__all__ = ["SGD", "Adam", "AdamW", "accelerate"]
+__all__ = ["SGD", "Adam", "AdamW", "accelerate", "from_rule"]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pyupdate import frameworks
+from pyupdate.kernels.language import Rule
 from pyupdate.options import Options
 
 from . import apply, in_backward
@@ -20,7 +21,7 @@ def attach(
     model: nn.Module,
     optimizer: Any,
     model_name: str | None,
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     during_backward: bool,
 ) -> Any:
     """Do what `pyupdate.build` says with a module; nothing is attached if anything is refused."""
@@ -29,7 +30,7 @@ def attach(
     if not params:
         message = f"the model ({kind}) has no parameters, so there is nothing to optimize"
         raise ValueError(message)
-    optimizer = _optimizer(params, optimizer, options)
+    optimizer = _optimizer(params, optimizer, arguments)
     if not apply.holds_any(optimizer, params):
         message = (
             f"the optimizer ({type(optimizer).__name__}) holds none of the parameters of the model "
@@ -50,7 +51,7 @@ def attach(
     return model
 
 
-def _optimizer(params: list[nn.Parameter], optimizer: Any, options: dict[str, Any]) -> Any:
+def _optimizer(params: list[nn.Parameter], optimizer: Any, arguments: dict[str, Any]) -> Any:
     from pyupdate import optim
 
     if isinstance(optimizer, str):
@@ -59,11 +60,14 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, options: dict[str, An
         if kind is None:
             known = ", ".join(map(repr, sorted(named)))
             message = (
-                f"optimizer {optimizer!r} is unknown: give one of {known}, a callable on the "
-                "parameters such as lambda p: torch.optim.Adagrad(p), or an optimizer"
+                f"optimizer {optimizer!r} is unknown: give one of {known}, a pyupdate.rule, a "
+                "callable on the parameters such as lambda p: torch.optim.Adagrad(p), or an "
+                "optimizer"
             )
             raise ValueError(message)
-        return kind(params, **options)
+        return kind(params, **arguments)
+    if isinstance(optimizer, Rule):
+        return optim.from_rule(optimizer)(params, **arguments)
     made = optimizer
     if not apply.is_optimizer(made) and callable(made):
         made = made(params)
@@ -75,9 +79,9 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, options: dict[str, An
             "model's parameters and returns one"
         )
         raise ValueError(message)
-    if not Options(**options).asked_for:
+    if not Options(**arguments).asked_for:
         return made
-    return optim.accelerate(made, **options)
+    return optim.accelerate(made, **arguments)
 
 
 def _new_name(kind: str) -> str:
