@@ -7,6 +7,8 @@ tells the scaler what it found in the place where ``scaler.update()`` reads it.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from typing import Any
 
 import torch
@@ -96,7 +98,10 @@ def _scaling_of_attributes(optimizer: torch.optim.Optimizer) -> Scaling:
 
 def _reciprocal(scale: torch.Tensor) -> float:
     """1 / scale as torch takes it: in fp64, rounded to fp32."""
-    return float(scale.double().reciprocal().float())
+    # In Python: three operations of torch take 40 us between two steps of a model.
+    value = float(scale)
+    exact = 1.0 / value if value != 0.0 else math.copysign(math.inf, value)
+    return ctypes.c_float(exact).value
 
 
 def _state_of(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -385,3 +385,16 @@ def test_differentiable_steps_are_unscaled_and_skipped_too(call, backend):
         expected.update()
         assert scaler.get_scale() == expected.get_scale()
         assert_close(params, truth, optimizer, other, f"step {turn}")
+
+
+@pytest.mark.parametrize("scale", [3.0, 65536.1, 1e-39, 3e38, 1e-45, 0.0, -0.0, math.inf, math.nan])
+def test_the_reciprocal_of_a_scale_is_torchs(scale):
+    param = nn.Parameter(torch.ones(1))
+    optimizer = pyupdate.optim.SGD([param])
+    optimizer.grad_scale = stated = torch.tensor(scale)
+    param.grad = torch.zeros(1)
+    optimizer.step()
+    update = last_step(optimizer)
+    assert update is not None
+    expected = stated.double().reciprocal().float().item()
+    assert np.array_equal(update.multiplier, expected, equal_nan=True)
