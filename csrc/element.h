@@ -63,15 +63,16 @@ PYUPDATE_HD void element(const Roles<Storage>& at, int64_t i, Taken<T> taken, co
       value[kGrad] = Stage::template clip<T>(value[kGrad], taken.clip_value);
     }
   }
-  for (int k = kFirstState; k < Stage::kElements; ++k) {
-    if (reads(k)) value[k] = load(at.state[k - kFirstState][i]);
-  }
+  constexpr int kStates = Stage::kElements - kFirstState;
+  each<kStates>([&](int k) {
+    if (reads(kFirstState + k)) value[kFirstState + k] = load(at.state[k][i]);
+  });
   Stage::template run<T>(value, hyper, per_tensor, sum_out);
   place.element += i;
   if constexpr (writes(kParam)) store(value[kParam], at.param + i, place);
-  for (int k = kFirstState; k < Stage::kElements; ++k) {
-    if (writes(k)) store(value[k], at.state[k - kFirstState] + i, place);
-  }
+  each<kStates>([&](int k) {
+    if (writes(kFirstState + k)) store(value[kFirstState + k], at.state[k] + i, place);
+  });
 }
 
 }  // namespace PYUPDATE_ISA

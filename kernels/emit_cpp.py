@@ -110,7 +110,8 @@ def _function(function: Function) -> str:
     if several:
         fields = " ".join(f"T {name};" for name in function.results)
         lines += ["template <class T>", f"struct {function.name}_results {{ {fields} }};"]
-    arguments = ", ".join(f"T {name}" for name in function.arguments)
+    # A prepare may take a number only because state begins there.
+    arguments = ", ".join(f"[[maybe_unused]] T {name}" for name in function.arguments)
     lines += ["template <class T>", f"PYUPDATE_HD {result} {function.name}({arguments}) {{"]
     known = set(function.arguments)
     for statement in function.tree.body:

@@ -8,6 +8,8 @@ comes from that text.
 from __future__ import annotations
 
 from .families.adam import adam, adam_amsgrad, adamw, adamw_amsgrad
+from .families.layerwise import lamb, lars, lars_momentum, novograd, stable_adamw
+from .families.resilient import rprop
 from .families.sgd import sgd, sgd_momentum
 from .language import absolute, divide, maximum, minimum, where
 
@@ -16,6 +18,8 @@ RULES = {
     for entry in (
         *(sgd, sgd_momentum),
         *(adam, adam_amsgrad, adamw, adamw_amsgrad),
+        rprop,
+        *(lars, lars_momentum, lamb, novograd, stable_adamw),
     )
 }
 """Every rule by name, in the order in which the compiled modules list them."""

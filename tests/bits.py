@@ -51,12 +51,22 @@ def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
 def initial_state(
     case: Case, param: Array, state_dtype: torch.dtype | None = None
 ) -> dict[str, Array]:
+    """State before the first step, scalars in the type that torch gives them."""
     like = oracle.load(param)
     stored = like if state_dtype is not None and param.itemsize == 2 else param
-    return {
-        name: oracle.store(np.full_like(like, value), stored)
+    numbers = dict(zip(case.rule.numbers, case.numbers()[1], strict=True))
+    numbers["param"] = like
+
+    def begin(initial: float | str) -> Any:
+        return numbers[initial] if isinstance(initial, str) else initial
+
+    state = {
+        name: oracle.store(np.zeros_like(like) + begin(value), stored)
         for name, value in case.rule.state.items()
     }
+    wide = torch.get_default_dtype() is torch.float64
+    scalar = np.float64 if wide else np.float32
+    return state | {n: np.asarray(begin(v), scalar) for n, v in case.rule.scalars.items()}
 
 
 def oracle_steps(

@@ -65,6 +65,11 @@ def _adamw(name: str, *, full: bool = False, **options: Any) -> Case:
     return Case(name, torch.optim.AdamW, {"lr": 0.003, **options}, full)
 
 
+def _rprop(name: str, *, full: bool = False, **options: Any) -> Case:
+    # Of lr, where step sizes begin, every dtype holds the same number.
+    return Case(name, torch.optim.Rprop, {"lr": 2.0**-8, **options}, full)
+
+
 CASES = (
     _sgd("sgd"),
     _sgd("sgd", weight_decay=0.1),
@@ -84,8 +89,10 @@ CASES = (
     _adamw("adamw", weight_decay=0.0, eps=0.0),
     _adamw("adamw_amsgrad", full=True, amsgrad=True),
     _adamw("adamw_amsgrad", amsgrad=True, weight_decay=0.2, maximize=True),
+    _rprop("rprop", full=True),
+    _rprop("rprop", etas=(0.25, 2.0), step_sizes=(0.001, 0.01), maximize=True),
 )
-"""Every rule with its options."""
+"""Every elementwise rule with its options; test_layerwise.py has the others."""
 
 FULL = tuple(case for case in CASES if case.full)
 
@@ -182,6 +189,15 @@ HANDS = (
         (2.0, 0.0),
         (0.5, 0.375 - 1 / 3 / ((16 / 7) ** 0.5 + 2)),
         {"exp_avg": 0.5, "exp_avg_sq": 0.75, "max_exp_avg_sq": 1.0},
+    ),
+    # step 1: no sign before it, so the step size stays: 1 - 0.5; step 2: it agrees, so 2 * 0.5
+    # step 3: it turned, so a quarter of that, and the element rests
+    Hand(
+        _rprop("rprop", lr=0.5, etas=(0.25, 2.0)),
+        1.0,
+        (3.0, 1.0, -1.0),
+        (0.5, -0.5, -0.5),
+        {"prev": 0.0, "step_size": 0.25},
     ),
 )
 

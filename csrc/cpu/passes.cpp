@@ -54,21 +54,24 @@ void run(const Block& block) {
     }
   } else {
     T* lanes = static_cast<T*>(block.lanes);
+    constexpr unsigned roles = Stage::kReads | Stage::kWrites;
+    constexpr bool kOneRole = (roles & (roles - 1)) == 0;
     int64_t start = 0;
-    // Not where lanes are joined: g++ 12 threads its way through eight comparisons in a row instead
-    // of using vectors, five times slower.
-    if (!kJoins<Stage> &&
-        block.count == kChunk) {  // all turns of a lane at once: eight streams instead of one
+    // All turns of a lane at once: eight streams instead of one, where a stage reads one role. With
+    // several they are 8 KiB apart, so they evict each other from the first cache. Not where lanes
+    // are joined: g++ 12 threads its way through eight comparisons in a row instead of using
+    // vectors, five times slower.
+    if (kOneRole && !kJoins<Stage> && block.count == kChunk) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < kLanes; ++i) {
         T total[Stage::kSums];
-        for (int k = 0; k < Stage::kSums; ++k) total[k] = lanes[k * kLanes + i];
+        each<Stage::kSums>([&](int k) { total[k] = lanes[k * kLanes + i]; });
 #pragma GCC unroll 8
         for (int64_t turn = 0; turn < kChunk / kLanes; ++turn) {
           element<Stage, Storage>(at, turn * kLanes + i, taken, hyper, per_tensor, sum_out, place);
-          for (int k = 0; k < Stage::kSums; ++k) total[k] = joined<Stage>(total[k], sum_out[k]);
+          each<Stage::kSums>([&](int k) { total[k] = joined<Stage>(total[k], sum_out[k]); });
         }
-        for (int k = 0; k < Stage::kSums; ++k) lanes[k * kLanes + i] = total[k];
+        each<Stage::kSums>([&](int k) { lanes[k * kLanes + i] = total[k]; });
       }
       start = kChunk;
     }
@@ -77,9 +80,9 @@ void run(const Block& block) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
         element<Stage, Storage>(at, start + i, taken, hyper, per_tensor, sum_out, place);
-        for (int k = 0; k < Stage::kSums; ++k) {
+        each<Stage::kSums>([&](int k) {
           lanes[k * kLanes + i] = joined<Stage>(lanes[k * kLanes + i], sum_out[k]);
-        }
+        });
       }
     }
   }

@@ -44,6 +44,9 @@ class Tables {
   // Work: runs of chunks of about kChunk elements. An item is (row << 32 | chunk of the row) where
   // the run starts; it ends where the next one starts.
   std::vector<int64_t> items_;
+  // The items at which a wave begins: rows that a rule of several stages takes through all of them
+  // before it goes on, while their memory is still in the last cache.
+  std::vector<int64_t> waves_;
   std::vector<double> chunk_sums_;
   std::vector<double> row_sums_;
 };

@@ -10,18 +10,30 @@ The flags ``foreach`` and ``fused`` are checked as torch does and otherwise make
 
 from __future__ import annotations
 
-from . import stock
+from . import layerwise, stock
 from .adopt import accelerate
+from .layerwise import LAMB, LARS, NovoGrad, StableAdamW
 from .own import from_rule
 from .planned import Planned
-from .stock import SGD, Adam, AdamW
+from .stock import SGD, Adam, AdamW, Rprop
 
 CLASSES: dict[str, type[Planned]] = {
     name: kind
-    for home in (stock,)
+    for home in (stock, layerwise)
     for name, kind in vars(home).items()
     if isinstance(kind, type) and issubclass(kind, Planned) and kind is not Planned
 }
 """Every optimizer class by its name; `pyupdate.build` takes the names in any case."""
 
-__all__ = ["SGD", "Adam", "AdamW", "accelerate", "from_rule"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NovoGrad",
+    "Rprop",
+    "StableAdamW",
+    "accelerate",
+    "from_rule",
+]

@@ -68,7 +68,7 @@ class Planned(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let ``help`` show the constructor of the class below with the options behind it."""
         super().__init_subclass__(**kwargs)
-        below: Any = super().__init__
+        below: Any = cls.__dict__.get("__init__") or super().__init__
         own = [p for p in inspect.signature(below).parameters.values() if p.name != "self"]
         rest = [p for p in own if p.kind is p.VAR_KEYWORD]
         shown = [*(p for p in own if p not in rest), *PARAMETERS, *rest]

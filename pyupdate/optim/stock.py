@@ -77,3 +77,25 @@ class AdamW(Planned, torch.optim.AdamW):
         >>> p.tolist()
         [0.5, 1.0]
     """
+
+
+def _rprop(_: Group) -> Rule:
+    return rules.rprop
+
+
+@planned(_rprop, counts_steps=True)
+class Rprop(Planned, torch.optim.Rprop):
+    """``torch.optim.Rprop`` (Riedmiller and Braun 1993), a step size an element, for full batches.
+
+    Args:
+        *args, **kwargs: those of ``torch.optim.Rprop``, and `Options` by name.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = pyupdate.optim.Rprop([p], lr=0.5)
+        >>> p.grad = torch.tensor([3.0, -2.0])
+        >>> optimizer.step()
+        >>> p.tolist()
+        [0.5, 1.5]
+    """
