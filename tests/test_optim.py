@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,9 +132,18 @@ def test_repr_is_torchs(ours, theirs):
     assert repr(ours(groups, lr=0.1)) == repr(theirs(groups, lr=0.1))
 
 
-@cases
-@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}], ids=repr)
-def test_flags_make_no_difference(case: Case, flags, backend):
+def takes(case: Case, name: str) -> bool:
+    """Whether torch's class has such an argument."""
+    return name in inspect.signature(case.torch_class).parameters
+
+
+@pytest.mark.parametrize(
+    ("case", "flag"),
+    [(case, flag) for case in FULL for flag in ("foreach", "fused") if takes(case, flag)],
+    ids=str,
+)
+def test_flags_make_no_difference(case: Case, flag, backend):
+    flags = {flag: True}
     plain, flagged = case.ours(params_of()), case.ours(params_of(), **flags)
     for optimizer in (plain, flagged):
         train(optimizer, range(3))
@@ -183,13 +193,19 @@ def test_step_counters_follow_the_default_dtype(backend):
 @cases
 @ways
 def test_groups_of_different_numbers_and_a_late_one(case: Case, way, backend):
-    others = {
+    numbers: dict[str, Any] = {
         "lr": 0.02,
         "weight_decay": 0.3,
         "maximize": True,
-        **({"betas": (0.7, 0.8), "eps": 1e-3, "amsgrad": True} if case.step_is_counted else {}),
-        **({} if case.step_is_counted else {"momentum": 0.4, "dampening": 0.0, "nesterov": True}),
+        "betas": (0.7, 0.8),
+        "eps": 1e-3,
+        "amsgrad": True,
+        "momentum": 0.4,
+        "dampening": 0.0,
+        "nesterov": True,
+        "etas": (0.25, 2.0),
     }
+    others = {name: value for name, value in numbers.items() if takes(case, name)}
 
     def trained(make: Callable[[Any], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         params = params_of() + params_of(seed=1)
@@ -258,12 +274,19 @@ def test_dtypes_mixed_in_one_model(case: Case, way, backend):
             assert_same_bits(optimizer.state[param][key], value, f"{param.dtype} {key}")
 
 
-@cases
+@pytest.mark.parametrize(
+    ("case", "numbers"),
+    [
+        (case, numbers)
+        for case in FULL
+        for numbers in ("lr", "betas")
+        # Torch's Rprop makes its step sizes of lr.item(), so a tensor is read once.
+        if takes(case, numbers) and case.name != "rprop"
+    ],
+    ids=str,
+)
 @ways
-@pytest.mark.parametrize("numbers", ["lr", "lr and betas"])
 def test_tensors_as_numbers(case: Case, way, numbers, backend):
-    if numbers != "lr" and not case.step_is_counted:
-        return
     more: dict[str, Any] = {"lr": torch.tensor(0.01, dtype=torch.float64)}
     if numbers != "lr":
         more["betas"] = tuple(torch.tensor(b, dtype=torch.float64) for b in (0.8, 0.95))
