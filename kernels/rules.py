@@ -8,7 +8,9 @@ comes from that text.
 from __future__ import annotations
 
 from .families.adam import adam, adam_amsgrad, adamw, adamw_amsgrad
+from .families.averaged import asgd, schedulefree_adamw
 from .families.layerwise import lamb, lars, lars_momentum, novograd, stable_adamw
+from .families.nadam import nadam
 from .families.resilient import rprop
 from .families.sgd import sgd, sgd_momentum
 from .language import absolute, divide, maximum, minimum, where
@@ -18,7 +20,7 @@ RULES = {
     for entry in (
         *(sgd, sgd_momentum),
         *(adam, adam_amsgrad, adamw, adamw_amsgrad),
-        rprop,
+        *(nadam, rprop, asgd, schedulefree_adamw),
         *(lars, lars_momentum, lamb, novograd, stable_adamw),
     )
 }

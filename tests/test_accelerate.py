@@ -20,6 +20,7 @@ from ways import WAYS, optimizer_of, plan_of, ways
 import pyupdate
 from pyupdate.pytorch.step import has_rule, last_step
 
+pytestmark = pytest.mark.usefixtures("wide_scalars")
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 
 
@@ -78,7 +79,7 @@ def patched() -> torch.optim.Optimizer:
     ("make", "words"),
     [
         (lambda: torch.optim.Adagrad(params_of()), "torch.optim.adagrad.Adagrad;"),
-        (lambda: torch.optim.NAdam(params_of()), "NAdam;"),
+        (lambda: torch.optim.LBFGS(params_of()), "LBFGS;"),
         (lambda: Users(params_of()), "Users;"),
         (patched, "torch.optim.adamw.AdamW whose step was replaced;"),
         (lambda: stock(ADAMW, differentiable=True), "AdamW with differentiable=True;"),
@@ -86,7 +87,7 @@ def patched() -> torch.optim.Optimizer:
         (lambda: torch.optim.AdamW, "builtins.type;"),
         (lambda: None, "NoneType;"),
     ],
-    ids=["adagrad", "nadam", "subclass", "patched", "differentiable", "name", "class", "none"],
+    ids=["adagrad", "lbfgs", "subclass", "patched", "differentiable", "name", "class", "none"],
 )
 def test_what_cannot_be_accelerated_is_refused_and_left_alone(make, words):
     optimizer = make()

@@ -10,29 +10,33 @@ The flags ``foreach`` and ``fused`` are checked as torch does and otherwise make
 
 from __future__ import annotations
 
-from . import layerwise, stock
+from . import layerwise, schedulefree, stock
 from .adopt import accelerate
 from .layerwise import LAMB, LARS, NovoGrad, StableAdamW
 from .own import from_rule
 from .planned import Planned
-from .stock import SGD, Adam, AdamW, Rprop
+from .schedulefree import ScheduleFreeAdamW
+from .stock import ASGD, SGD, Adam, AdamW, NAdam, Rprop
 
 CLASSES: dict[str, type[Planned]] = {
     name: kind
-    for home in (stock, layerwise)
+    for home in (stock, layerwise, schedulefree)
     for name, kind in vars(home).items()
     if isinstance(kind, type) and issubclass(kind, Planned) and kind is not Planned
 }
 """Every optimizer class by its name; `pyupdate.build` takes the names in any case."""
 
 __all__ = [
+    "ASGD",
     "LAMB",
     "LARS",
     "SGD",
     "Adam",
     "AdamW",
+    "NAdam",
     "NovoGrad",
     "Rprop",
+    "ScheduleFreeAdamW",
     "StableAdamW",
     "accelerate",
     "from_rule",
