@@ -179,7 +179,7 @@ class Part:
             self._plan.vouch()
         elif found == self._found.SUSPECT:
             row = self.rows[noticed[0]]
-            if mend_row(row, inputs):
+            if mend_row(row, self._rules[row.group], inputs):
                 return
             check_row(row, self._rules[row.group], inputs)
             raise Stale(row.name)
