@@ -135,15 +135,16 @@ def installed(compiled) -> dict[str, Function]:
 @x86
 @every_isa
 @pytest.mark.parametrize(
-    ("rule", "storage"),
+    ("stage", "storage"),
     [
-        (name, storage)
+        (f"{name}::stage{i}", storage)
         for name, rule in RULES.items()
-        for storage in (*STORAGES, *(WIDE if rule.state else ()))
+        for i, stage in enumerate(rule.stages)
+        for storage in (*STORAGES, *(WIDE if {*rule.state} & {*stage.elements} else ()))
     ],
 )
-def test_the_loop_of_every_rule_works_on_whole_vectors(rule, storage, isa, installed):
-    function = kernel(installed, isa, f"rules::{rule}::stage0", storage)
+def test_the_loop_of_every_stage_works_on_whole_vectors(stage, storage, isa, installed):
+    function = kernel(installed, isa, f"rules::{stage}", storage)
     assert_vectorised(function, VECTORS[isa])
 
 
