@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -295,14 +294,6 @@ std::vector<std::string> names_of_rules() {
   return names;
 }
 
-std::map<std::string, std::string> digests_of_rules() {
-  std::map<std::string, std::string> digests;
-  for (int i = 0; i < passes().rule_count; ++i) {
-    digests.emplace(passes().rules[i].name, passes().rules[i].digest);
-  }
-  return digests;
-}
-
 py::dict build_info() {
   py::dict info;
 #ifdef PYUPDATE_COMPILER
@@ -350,6 +341,5 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   m.def("isas", &names_of_isas);
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("rules", &names_of_rules);
-  m.def("digests", &digests_of_rules);
   m.def("build_info", &build_info);
 }

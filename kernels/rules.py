@@ -7,11 +7,19 @@ comes from that text.
 
 from __future__ import annotations
 
+from .families.adagrad import adadelta, adagrad
 from .families.adam import adam, adam_amsgrad, adamw, adamw_amsgrad
-from .families.averaged import asgd, schedulefree_adamw
+from .families.adam_like import adamax, radam
 from .families.layerwise import lamb, lars, lars_momentum, novograd, stable_adamw
-from .families.nadam import nadam
+from .families.lion import lion
 from .families.resilient import rprop
+from .families.rmsprop import (
+    rmsprop,
+    rmsprop_centered,
+    rmsprop_centered_momentum,
+    rmsprop_momentum,
+)
+from .families.several_averages import adan, ademamix, adopt
 from .families.sgd import sgd, sgd_momentum
 from .language import absolute, divide, maximum, minimum, where
 
@@ -20,7 +28,10 @@ RULES = {
     for entry in (
         *(sgd, sgd_momentum),
         *(adam, adam_amsgrad, adamw, adamw_amsgrad),
-        *(nadam, rprop, asgd, schedulefree_adamw),
+        *(rmsprop, rmsprop_momentum, rmsprop_centered, rmsprop_centered_momentum),
+        *(adagrad, adadelta, adamax, radam),
+        rprop,
+        *(lion, ademamix, adopt, adan),
         *(lars, lars_momentum, lamb, novograd, stable_adamw),
     )
 }

@@ -108,8 +108,5 @@ def use_isa(name: str) -> None:
 def rules() -> list[str]:
     """The rules that are compiled in."""
 
-def digests() -> dict[str, str]:
-    """Rule -> `Rule.digest` of the text that it was compiled from."""
-
 def build_info() -> dict[str, str]:
     """The compiler and flags of the build, and what runs its threads."""

@@ -34,7 +34,7 @@ def build(
 
     Args:
         model: a ``torch.nn.Module``, or a callable taking no argument that makes one.
-        optimizer: "adam", "adamw" or "sgd" (`pyupdate.optim`'s, with torch's defaults); or a rule
+        optimizer: the name of a class of `pyupdate.optim` in any case, such as "adamw"; or a rule
             of your own (`pyupdate.rule`); or a callable that gets the list of the model's
             parameters and returns an optimizer; or an optimizer that holds at least one of them.
         model_name: how errors and deferred updates name the model. None keeps the name that the

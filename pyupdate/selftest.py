@@ -29,9 +29,9 @@ from .pytorch.rows import GroupRule, Inputs, Row
 Array = np.ndarray[Any, Any]
 
 PARAM_BOUND = 8.0
-"""Largest error of a parameter against fp64, in eps x max(|param|, lr)."""
+"""Largest error of a parameter against fp64, in eps x max(|param|, lr, largest move)."""
 STATE_BOUND = 4.0
-"""Largest error of state against fp64, in eps x max(|state|, |grad|, grad^2)."""
+"""Largest error of state against fp64, in eps x max(|state|, |grad|, grad^2, largest move)."""
 PROMISE = (
     "self-test: the fp32 oracle's bits, and the fp64 oracle within "
     f"{PARAM_BOUND:g} eps (parameters) and {STATE_BOUND:g} eps (state)"
@@ -62,6 +62,8 @@ NUMBERS = {
     "nesterov": 1.0,
 }
 """What groups hold, by the names of rules; a name that is not here is 0.5."""
+STATE = {"grad_avg": (0.001, 0.05)}
+"""Where state lies, if not from 0.01 to 1: an average is below the root of that of the squares."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ def _step(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[boo
     for position, size in enumerate(SIZES):
         param: torch.Tensor = torch.nn.Parameter(uniform(size, -1.0, 1.0))
         param.grad = uniform(size, -4.0, 4.0)
-        state[param] = {key: uniform(size, 0.01, 1.0, state_dtype) for key in rule.state}
+        state[param] = {
+            key: uniform(size, *STATE.get(key, (0.01, 1.0)), state_dtype) for key in rule.state
+        }
+        state[param] |= {key: torch.tensor(0.5) for key in rule.scalars}
         state[param]["step"] = torch.tensor(float(COUNT - 1))
         rows.append(Row(param, 0, position, f"tensor {position}"))
         before.append(_stored(rule, param, param.grad, state[param]))
@@ -179,7 +184,8 @@ def _step(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[boo
         same &= float(state[row.param]["step"]) == COUNT
         same &= _same(after, stored.stepped(rule, numbers, given), stored)
         wide = stored.in_fp64()
-        part = _part(after, wide.stepped(rule, numbers, exact), np.abs(wide.grad * exact))
+        true = wide.stepped(rule, numbers, exact)
+        part = _part(after, true, wide, np.abs(wide.grad * exact))
         worst = max(worst, part / torch.finfo(dtype).eps)
     return same, worst
 
@@ -213,7 +219,8 @@ class _Stored:
 def _stored(
     rule: Rule, param: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor]
 ) -> _Stored:
-    return _Stored(_numpy(param), _numpy(grad), {key: _numpy(state[key]) for key in rule.state})
+    kept = {key: _numpy(state[key]) for key in (*rule.state, *rule.scalars)}
+    return _Stored(_numpy(param), _numpy(grad), kept)
 
 
 def _same(found: _Stored, known: _Stored, before: _Stored) -> bool:
@@ -225,12 +232,20 @@ def _same(found: _Stored, known: _Stored, before: _Stored) -> bool:
     )
 
 
-def _part(found: _Stored, true: _Stored, grad: Array) -> float:
+def _part(found: _Stored, true: _Stored, before: _Stored, grad: Array) -> float:
     """The largest error over its bound without eps; infinite where a value is not finite."""
-    scale = np.maximum(np.abs(true.param), NUMBERS["lr"]) * PARAM_BOUND
+
+    def largest_move(now: Array, then: Array) -> float:
+        return float(np.abs(now - then).max())
+
+    moved = largest_move(true.param, before.param)
+    scale = np.maximum(np.abs(true.param), max(moved, NUMBERS["lr"])) * PARAM_BOUND
     parts = [np.abs(found.in_fp64().param - true.param) / scale]
     for key, value in true.state.items():
-        scale = np.maximum(np.maximum(np.abs(value), grad), grad * grad) * STATE_BOUND
+        if value.ndim == 0:  # a scalar has another eps; its bits are looked at, and what it does
+            continue
+        scale = np.maximum(np.maximum(np.abs(value), grad), grad * grad)
+        scale = np.maximum(scale, largest_move(value, before.state[key])) * STATE_BOUND
         parts.append(np.abs(found.in_fp64().state[key] - value) / scale)
     return max(float(np.max(np.where(np.isfinite(part), part, np.inf))) for part in parts)
 

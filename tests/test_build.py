@@ -65,9 +65,13 @@ def test_a_callable_that_makes_the_model_and_one_that_makes_the_optimizer():
     )
 
 
+class Unplanned(torch.optim.Adagrad):
+    """A user's own class, which nobody steps but itself."""
+
+
 def test_an_optimizer_and_a_class():
     model = network()
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    optimizer = Unplanned(model.parameters(), lr=0.1)
     assert build(model, optimizer).current_optimizer is optimizer
     updates_like(model, lambda params: torch.optim.Adagrad(params, lr=0.1, foreach=False))
     assert type(build(network(), torch.optim.RMSprop).current_optimizer) is torch.optim.RMSprop
@@ -100,8 +104,8 @@ def test_max_norm_makes_a_difference():
 
 def test_max_norm_for_an_optimizer_without_a_rule_is_refused():
     model = network()
-    with pytest.raises(TypeError, match="Adagrad"):
-        build(model, torch.optim.Adagrad, max_norm=1.0)
+    with pytest.raises(TypeError, match="Unplanned"):
+        build(model, Unplanned, max_norm=1.0)
     assert not hasattr(model, "current_optimizer")
     for wrong in (-1.0, "1"):
         with pytest.raises((TypeError, ValueError), match="max_norm"):
@@ -125,7 +129,7 @@ def test_refusals_attach_nothing():
     model = network()
     other = network()
     for optimizer, words in (
-        ("adamax", "'adamax' is unknown: give one of 'adam', 'adamw', 'sgd'"),
+        ("adamv", "'adamv' is unknown: give one of 'adadelta', .*'adam', .*'sgd'"),
         (3, "optimizer is a int"),
         (lambda params: "adam", "the callable given as optimizer returned a str"),
         (torch.optim.SGD(other.parameters(), lr=1.0), "holds none of the parameters"),
@@ -155,7 +159,7 @@ def test_state_dict_and_parameters_are_not_disturbed():
     assert "current_optimizer" not in repr(model)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("optimizer", ["adamw", torch.optim.AdamW, Unplanned])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_are_independent_and_go_on(optimizer, way):
     model = build(network(), optimizer, model_name="net")

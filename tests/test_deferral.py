@@ -13,6 +13,7 @@ from torch import nn
 from training import (
     CASES,
     Case,
+    Unplanned,
     assert_same,
     assert_untouched,
     batch,
@@ -193,7 +194,7 @@ def test_the_optimizer_attached_at_the_drain_is_used(case: Case):
     first = model.current_optimizer
     deferred: dict = {}
     update_model(model, loss_of(model, 0), defer=True, deferred=deferred)
-    model.current_optimizer = torch.optim.Adagrad(model.parameters(), lr=0.5)
+    model.current_optimizer = Unplanned(model.parameters(), lr=0.5)
     drain(deferred)
     plain_step(truth, torch.optim.Adagrad(truth.parameters(), lr=0.5, foreach=False), 0)
     assert_same(model, truth)

@@ -111,9 +111,14 @@ class Case:
         return made(params, **self.options, maximize=self.maximize)
 
     def on_numpy(
-        self, param: Any, grads: Sequence[Any], multiplier: float = 1.0, scalar: Any = np.float32
+        self,
+        param: Any,
+        grads: Sequence[Any],
+        multiplier: float = 1.0,
+        scalar: Any = np.float32,
+        rule: Rule | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        rule: Rule = RULES[self.rule]
+        rule = RULES[self.rule] if rule is None else rule
         group = self.ours([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
         sign, *numbers = numbers_of(rule, group)
         like = oracle.load(param)

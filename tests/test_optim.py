@@ -22,7 +22,6 @@ from ways import optimizer_of, ways
 
 import pyupdate
 
-pytestmark = pytest.mark.usefixtures("wide_scalars")
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 ADAMW = next(case for case in FULL if case.name == "adamw")
 MOMENTUM = next(case for case in FULL if case.name == "sgd_momentum")
@@ -64,11 +63,13 @@ def params_values(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [param.detach() for param in optimizer.param_groups[0]["params"]]
 
 
+STOCK = [name for name in pyupdate.optim.CLASSES if hasattr(torch.optim, name)]
+
 # ----- construction -------------------------------------------------------------------------------
 
 PAIRS = [
     pytest.param(getattr(pyupdate.optim, name), getattr(torch.optim, name), id=name)
-    for name in ("SGD", "Adam", "AdamW")
+    for name in STOCK
 ]
 pairs = pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 
@@ -84,6 +85,11 @@ WRONG: list[dict[str, Any]] = [
     {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
     {"foreach": True, "fused": True},
     {"fused": True, "differentiable": True},
+    {"alpha": -0.5},
+    {"rho": 1.5},
+    {"lr_decay": -0.5},
+    {"initial_accumulator_value": -1.0},
+    {"etas": (1.5, 2.0)},
     {"lr": torch.tensor(0.1), "foreach": True, "capturable": False},
     {"no_such_option": 1},
 ]
@@ -120,7 +126,8 @@ def test_wrong_parameters_are_refused_in_torchs_words(ours, theirs, params):
 @pairs
 def test_arguments_by_position_and_defaults(ours, theirs):
     param = nn.Parameter(torch.ones(2))
-    for args in ((), (0.1,), (0.1, 0.9) if theirs is torch.optim.SGD else (0.1, (0.8, 0.9), 1e-6)):
+    third = {"SGD": 0.9, "RMSprop": 0.9, "Adagrad": 0.5, "Adadelta": 0.8, "Rprop": (0.4, 1.5)}
+    for args in ((), (0.1,), (0.1, third.get(theirs.__name__, (0.8, 0.9)))):
         assert ours([param], *args).defaults == theirs([param], *args).defaults
     named = [("weight", param)]
     assert ours(named).param_groups == theirs(named).param_groups
@@ -205,6 +212,11 @@ def test_groups_of_different_numbers_and_a_late_one(case: Case, way, backend):
         "dampening": 0.0,
         "nesterov": True,
         "etas": (0.25, 2.0),
+        "decoupled_weight_decay": True,
+        "centered": True,
+        "alpha": 0.75,
+        "rho": 0.75,
+        "lr_decay": 0.5,
     }
     others = {name: value for name, value in numbers.items() if takes(case, name)}
 
@@ -235,7 +247,8 @@ def test_late_gradients_have_their_own_step(case: Case, way, backend):
             if turn in (2, 4):
                 params[1].grad = None
             optimizer.step()
-            assert (params[0] in optimizer.state) == (turn >= 3 and bool(case.rule.state))
+            made = case.state_from_the_start or (turn >= 3 and bool(case.rule.state))
+            assert (params[0] in optimizer.state) == made
         return optimizer
 
     optimizer = trained(optimizer_of(way, case, params_of()))
@@ -385,7 +398,7 @@ def test_a_pre_hook_may_change_the_arguments(way, backend):
 # ----- odd corners --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", STOCK)
 def test_differentiable_steps_are_torchs_and_differentiable(name, backend):
     gradients = []
     for module in (pyupdate.optim, torch.optim):

@@ -66,12 +66,16 @@ def _our_momentum(params: Any) -> torch.optim.Optimizer:
     return pyupdate.optim.SGD(params, lr=LR, momentum=0.9)
 
 
-def _adagrad(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adagrad(params, lr=LR, foreach=False)
+class Unplanned(torch.optim.Adagrad):
+    """A user's own class, which steps itself."""
+
+
+def _unplanned(params: Any) -> torch.optim.Optimizer:
+    return Unplanned(params, lr=LR, foreach=False)
 
 
 def _cases() -> list[Any]:
-    cases = [pytest.param(Case(_adagrad, _adagrad, None, False), id="adagrad-torch")]
+    cases = [pytest.param(Case(_unplanned, _unplanned, None, False), id="adagrad-torch")]
     kinds = {"stock": (_stock_adamw, _adamw), "ours": (_our_adamw, _adamw)}
     kinds["momentum"] = (_our_momentum, _momentum)
     reasons = dict(available())

@@ -58,7 +58,7 @@ class Part:
             raise Stale(message)
         fresh = []
         for r, row in self._active():
-            mend_row(row, self._rules[row.group], inputs)
+            mend_row(row, inputs)
             check_row(row, self._rules[row.group], inputs)
             keys = self._rules[row.group].keys
             if keys and not has_state(inputs.state.get(row.param), keys, row.name):

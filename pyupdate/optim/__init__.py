@@ -10,33 +10,39 @@ The flags ``foreach`` and ``fused`` are checked as torch does and otherwise make
 
 from __future__ import annotations
 
-from . import layerwise, schedulefree, stock
+from . import layerwise, others, stock
 from .adopt import accelerate
 from .layerwise import LAMB, LARS, NovoGrad, StableAdamW
+from .others import ADOPT, Adan, AdEMAMix, Lion
 from .own import from_rule
 from .planned import Planned
-from .schedulefree import ScheduleFreeAdamW
-from .stock import ASGD, SGD, Adam, AdamW, NAdam, Rprop
+from .stock import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, RAdam, RMSprop, Rprop
 
 CLASSES: dict[str, type[Planned]] = {
     name: kind
-    for home in (stock, layerwise, schedulefree)
+    for home in (stock, layerwise, others)
     for name, kind in vars(home).items()
     if isinstance(kind, type) and issubclass(kind, Planned) and kind is not Planned
 }
 """Every optimizer class by its name; `pyupdate.build` takes the names in any case."""
 
 __all__ = [
-    "ASGD",
+    "ADOPT",
     "LAMB",
     "LARS",
     "SGD",
+    "AdEMAMix",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
-    "NAdam",
+    "Adamax",
+    "Adan",
+    "Lion",
     "NovoGrad",
+    "RAdam",
+    "RMSprop",
     "Rprop",
-    "ScheduleFreeAdamW",
     "StableAdamW",
     "accelerate",
     "from_rule",

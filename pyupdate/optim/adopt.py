@@ -23,7 +23,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
     ``optimizer.step()``, ``scaler.step(optimizer)`` and learning-rate schedulers need no change.
 
     Args:
-        optimizer: a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, or one of ours.
+        optimizer: one of those of ``torch.optim`` that `pyupdate.optim` has too, or one of ours.
         **options: `pyupdate.options.Options` by name, those that it has from now on. With
             ``state_dtype``, state that is there already is converted here, once, without loss;
             without it, state stays in the dtype that it has.

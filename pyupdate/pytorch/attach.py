@@ -61,8 +61,7 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, arguments: dict[str, 
             known = ", ".join(map(repr, sorted(named)))
             message = (
                 f"optimizer {optimizer!r} is unknown: give one of {known}, a pyupdate.rule, a "
-                "callable on the parameters such as lambda p: torch.optim.Adagrad(p), or an "
-                "optimizer"
+                "callable on the parameters such as torch.optim.LBFGS, or an optimizer"
             )
             raise ValueError(message)
         return kind(params, **arguments)
