@@ -72,7 +72,7 @@ std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& t
                                 const std::vector<GroupSpec>& groups, const py::list& params,
                                 const std::vector<std::string>& storages,
                                 const std::vector<int32_t>& group_of,
-                                const std::vector<int32_t>& positions) {
+                                const std::vector<int32_t>& positions, bool averages) {
   const size_t rows = params.size();
   if (storages.size() != rows || group_of.size() != rows || positions.size() != rows) {
     throw py::value_error("a plan needs a storage, a group and a position for each parameter");
@@ -127,7 +127,7 @@ std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& t
     storage.push_back(index_of_storage(storages[r]));
   }
   return std::make_unique<Plan>(std::move(interface), std::move(rules), std::move(objects),
-                                std::move(storage), group_of, positions);
+                                std::move(storage), group_of, positions, averages);
 }
 
 using Numbers = std::vector<std::vector<double>>;
@@ -197,12 +197,12 @@ Answer answer(Found found, const Plan& plan, const cpu::Outcome& outcome) {
 }
 
 // pyupdate/pytorch/request.py's Request, in its order.
-using Wanted = std::tuple<bool, bool, bool, bool, double, double, double>;
+using Wanted = std::tuple<bool, bool, bool, bool, double, double, double, double>;
 
 cpu::Request request_of(const Wanted& wanted, int threads) {
   cpu::Request request;
   std::tie(request.reduce, request.skip_nonfinite, request.finite_norm, request.inf_norm,
-           request.unscale, request.max_norm, request.clip_value) = wanted;
+           request.unscale, request.max_norm, request.clip_value, request.ema_weight) = wanted;
   request.multiplier = request.unscale;
   request.threads = threads;
   return request;
@@ -324,7 +324,8 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   py::class_<Plan>(m, "Plan", py::module_local(), py::custom_type_setup(collectable))
       .def(py::init(&make_plan), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
            py::arg("increment_version"), py::arg("tensor_list"), py::arg("groups"),
-           py::arg("params"), py::arg("storages"), py::arg("group_of"), py::arg("positions"))
+           py::arg("params"), py::arg("storages"), py::arg("group_of"), py::arg("positions"),
+           py::arg("averages"))
       .def("step", &step, py::arg("groups"), py::arg("state"), py::arg("numbers"),
            py::arg("request"), py::arg("threads"))
       .def("check", &check, py::arg("groups"), py::arg("state"), py::arg("numbers"))

@@ -18,7 +18,7 @@ constexpr int kMaxScalars = 2;    // ASGD keeps eta and mu
 
 // The columns of the address table.
 enum Role : int64_t { kParam = 0, kGrad = 1, kFirstState = 2 };
-constexpr int kMaxRoles = kFirstState + kMaxStates;
+constexpr int kMaxRoles = kFirstState + kMaxStates + 1;  // the average comes last
 
 struct Row {
   int64_t size;    // elements
@@ -44,9 +44,9 @@ struct Control {
   double multiplier;  // unscale x clip
   int64_t skip;       // not zero: nothing is written
   double clip_value;  // bound of each multiplied gradient element, infinite for none
-  // Slots of the complete step; the passes do not read them yet.
-  double ema_weight;  // weight of the new parameter in its average, 0 for none
-  int64_t seed;       // of stochastic rounding; a store knows (seed, step, element index)
+  double ema_weight;  // weight of the new parameter in its average
+  // A slot of the complete step; the passes do not read it yet.
+  int64_t seed;  // of stochastic rounding; a store knows (seed, step, element index)
 };
 
 // A strided row: dims, then the sizes, then per role the strides in bytes. Dims are those of the

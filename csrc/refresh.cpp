@@ -16,8 +16,11 @@ namespace pyupdate {
 
 Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObject*> params,
            std::vector<int64_t> storages, std::vector<int32_t> group_of,
-           std::vector<int32_t> positions)
-    : interface_(std::move(interface)), groups_(std::move(groups)), tables_(0) {
+           std::vector<int32_t> positions, bool averages)
+    : interface_(std::move(interface)),
+      groups_(std::move(groups)),
+      averages_(averages),
+      tables_(0) {
   size_t states = 0, scalars = 0;
   for (const GroupRule& group : groups_) {
     states = std::max(states, group.state_keys.size());
@@ -27,7 +30,7 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
   }
   states_ = static_cast<int64_t>(states);
   scalars_ = static_cast<int64_t>(scalars);
-  tables_ = cpu::Tables(kFirstState + states_, scalars_);
+  tables_ = cpu::Tables(kFirstState + states_ + (averages ? 1 : 0), scalars_, averages);
   const size_t rows = params.size();
   records_.reserve(rows);
   storages_.reserve(rows);
@@ -48,13 +51,13 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
     }
   }
   if (!whole) positions_ = positions;
-  held_.assign(rows * (states + 1 + scalars), nullptr);
+  held_.assign(rows * static_cast<size_t>(columns()), nullptr);
   active_.reserve(rows);
   tables_.rows.reserve(rows);
   tables_.addresses.reserve(rows * static_cast<size_t>(tables_.width()));
   grads_.reserve(rows);
   tables_.scalars.reserve(rows * scalars);
-  written_.reserve(rows * (states + 2 + scalars));
+  written_.reserve(rows * static_cast<size_t>(columns() + 1));
   Py_INCREF(interface_.grad);
   Py_INCREF(interface_.is_neg);
   Py_INCREF(interface_.increment_version);
@@ -215,11 +218,11 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
     row.step = 0;
     std::fill(std::begin(row.scalars), std::end(row.scalars), 0);
     if (block.count == kBlock) {
-      if (!read_block(passes, block.rows, block.count)) return Found::kSuspect;
+      if (!read_block(block.rows, block.count)) return Found::kSuspect;
       block.release();
     }
   }
-  if (!read_block(passes, block.rows, block.count)) return Found::kSuspect;
+  if (!read_block(block.rows, block.count)) return Found::kSuspect;
   block.release();
   if (entered_ < tables_.rows.size()) drop_rows_from(entered_);
   return noticed_.empty() ? Found::kReady : Found::kFresh;
@@ -227,7 +230,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
 
 void Plan::fetch_ahead(size_t r) const {
   if (!leads_) return;
-  const auto columns = static_cast<size_t>(states_ + 1);
+  const auto columns = static_cast<size_t>(this->columns());
   const auto each = [&](size_t row, const auto& fetch) {
     if (row >= records_.size()) return;
     fetch(records_[row].param);

@@ -59,10 +59,11 @@ class Plan {
     std::vector<PyTypeObject*> types;  // those whose memory is theirs, no dispatching subclass
   };
 
-  // `positions` says where in its group each parameter stands. Takes references.
+  // `positions` says where in its group each parameter stands, `averages` whether each has an
+  // average beside its state. Takes references.
   Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObject*> params,
-       std::vector<int64_t> storages, std::vector<int32_t> group_of,
-       std::vector<int32_t> positions);
+       std::vector<int64_t> storages, std::vector<int32_t> group_of, std::vector<int32_t> positions,
+       bool averages);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -114,7 +115,7 @@ class Plan {
     PyObject* grad;  // owned by grads_
     bool known_grad;
     py::object inner;
-    PyObject* found[kMaxStates + 1 + kMaxScalars];
+    PyObject* found[kMaxStates + 1 + kMaxScalars + 1];
     size_t present;
     Read roles[kMaxRoles];
     int64_t storage;  // by the dtypes of the parameter and of the state that is there
@@ -129,12 +130,12 @@ class Plan {
   bool read(PyObject* object, Read* out) const;
   bool read(PyObject* object, DataType type, Read* out) const;
   bool read_state(size_t s, Pending* row) const;
-  bool read_block(const cpu::Passes& passes, Pending* block, size_t count);
-  bool enter_row(const cpu::Passes& passes, Pending& row);
+  bool read_block(Pending* block, size_t count);
+  bool enter_row(Pending& row);
   void release_grads();
   bool read_scalar(PyObject* scalar, int64_t* tagged) const;
   bool read_step(size_t r, PyObject* step, int64_t* tagged);
-  bool add_layout(const Read* roles, int64_t count, Row* row);
+  bool add_layout(const Read* roles, uint32_t present, Row* row);
   PyObject* gradient(PyObject* param) const;
   size_t find_state(PyObject* inner, const GroupRule& group, PyObject** found) const;
   bool stands_at(size_t r, size_t k, int64_t address) const;
@@ -147,8 +148,10 @@ class Plan {
   void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
   void add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
                      const double* counted, const std::vector<std::vector<double>>& numbers);
+  int64_t columns() const { return states_ + 1 + scalars_ + (averages_ ? 1 : 0); }
   int64_t itemsize(size_t k, int64_t role) const;
   Interval interval(size_t k, int64_t role) const;
+  int64_t role_of(int64_t column) const;
   Interval interval(Written written) const;
   bool plainly_injective(size_t k, int64_t role) const;
   bool written_apart();
@@ -161,8 +164,9 @@ class Plan {
   std::vector<int32_t> positions_;   // in its group's list; empty if every group is whole
   std::vector<Record> records_;
   std::vector<uint8_t> storages_;
-  int64_t states_;  // columns of held_: states, then the step counter, then scalars
+  int64_t states_;  // columns of held_: states, then the step counter, then scalars, then average
   int64_t scalars_;
+  bool averages_;
   std::vector<PyObject*> held_;  // owned; what was found in the state at the last refresh
   bool leads_ = false;           // what ahead.h reads of a tensor's object stands there
   bool settled_ = false;         // whether the next two are those of the tensors that are held

@@ -153,6 +153,14 @@ size_t Plan::find_state(PyObject* inner, const GroupRule& group, PyObject** foun
     found[turn <= scalars ? counter + turn : turn - 1 - scalars] = value;
     ++present;
   }
+  if (averages_) {  // put there last; a rule's state counts without it
+    static PyObject* const average_key = PyUnicode_InternFromString("ema");
+    if (!PyDict_Next(inner, &walk, &key, &value) || key != average_key) {
+      value = PyDict_GetItemWithError(inner, average_key);
+      if (value == nullptr) PyErr_Clear();
+    }
+    if (value != Py_None) found[columns() - 1] = value;
+  }
   return present;
 }
 
@@ -164,7 +172,7 @@ void Plan::Pending::release() {
 // Reads some rows column by column: tensors of one kind were mostly made one after the other, so
 // the processor fetches the next one by itself (1,000 rows of AdamW that are not in the cache: 1.2
 // ms row by row). False at the first row that is not plainly right, which is then noticed.
-bool Plan::read_block(const cpu::Passes& passes, Pending* block, size_t count) {
+bool Plan::read_block(Pending* block, size_t count) {
   const auto all = [&](const auto& check) {
     for (size_t i = 0; i < count; ++i) {
       if (check(block[i])) continue;
@@ -203,7 +211,14 @@ bool Plan::read_block(const cpu::Passes& passes, Pending* block, size_t count) {
       return false;
     }
   }
+  const auto average = static_cast<size_t>(columns() - 1);
   return all([&](Pending& row) {
+           if (!averages_ || row.found[average] == nullptr) return true;
+           const bool wide = kStorageTypes[row.storage].param == kFloat64;
+           Read& out = row.roles[tables_.width() - 1];
+           return read(row.found[average], wide ? kFloat64 : kFloat32, &out);
+         }) &&
+         all([&](Pending& row) {
            if (row.present == 0 || !rule(row).has_step) return true;
            return read_step(row.r, row.found[states_], &row.step);
          }) &&
@@ -216,25 +231,28 @@ bool Plan::read_block(const cpu::Passes& passes, Pending* block, size_t count) {
            return true;
          }) &&
          all([&](Pending& row) {
-           if (row.present != wanted(row)) noticed_.push_back(static_cast<int64_t>(row.r));
-           return enter_row(passes, row);
+           const bool lacks = averages_ && row.found[average] == nullptr;
+           if (lacks || row.present != wanted(row)) noticed_.push_back(static_cast<int64_t>(row.r));
+           return enter_row(row);
          });
 }
 
 // Compares what was read of a row with what stands in the tables, and writes it there.
-bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
+bool Plan::enter_row(Pending& pending) {
   const size_t r = pending.r;
   const size_t k = entered_++;
   Record& record = records_[r];
   const GroupRule& group = groups_[pending.g];
   const size_t states = group.state_keys.size();
-  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
+  const auto columns = static_cast<size_t>(this->columns());
   PyObject** held = &held_[r * columns];
   PyObject* const* found = pending.found;
   const Read* roles = pending.roles;
   const bool fresh =
       pending.present != states + group.scalar_keys.size() + (group.has_step ? 1 : 0);
-  if (!std::equal(found, found + states, held) && any_negated(found, columns)) return false;
+  const bool moved = !std::equal(found, found + states, held) ||
+                     (averages_ && found[columns - 1] != held[columns - 1]);
+  if (moved && any_negated(found, columns)) return false;
   for (size_t s = 0; s < states; ++s) {
     if (found[s] != held[s]) {
       // A rule without torch's counter knows its first step by the buffer that was not there.
@@ -262,10 +280,13 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
       is_negated(record.param)) {
     return false;
   }
-  bool flat = roles[kParam].contiguous && roles[kGrad].contiguous;
-  if (!same_shape(roles[kParam].tensor, roles[kGrad].tensor)) return false;
   const int64_t count = kFirstState + (fresh ? 0 : static_cast<int64_t>(states));
-  for (int64_t role = kFirstState; role < count; ++role) {
+  const int64_t width = tables_.width();
+  uint32_t present = (1u << count) - 1u;  // bit k: role k
+  if (averages_ && found[columns - 1] != nullptr) present |= 1u << (width - 1);
+  bool flat = true;
+  for (int64_t role = 0; role < width; ++role) {
+    if ((present >> role & 1u) == 0) continue;
     if (!same_shape(roles[kParam].tensor, roles[role].tensor)) return false;
     flat = flat && roles[role].contiguous;
   }
@@ -273,15 +294,13 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
     storages_[r] = static_cast<uint8_t>(pending.storage);
     written_moved_ = true;  // the same addresses may reach further
   }
-  const int64_t* itemsize = passes.storages[pending.storage].itemsize;
-  for (int64_t role = 0; role < count; ++role) {
-    flat = flat && roles[role].address % itemsize[role] == 0;
-  }
-  if (!flat && row.size != 0 && !add_layout(roles, count, &row)) return false;
-
   int64_t addresses[kMaxRoles] = {};
-  for (int64_t role = 0; role < count; ++role) addresses[role] = roles[role].address;
-  const auto width = static_cast<size_t>(tables_.width());
+  for (int64_t role = 0; role < width; ++role) {
+    if ((present >> role & 1u) == 0) continue;
+    addresses[role] = roles[role].address;
+    flat = flat && roles[role].address % (roles[role].tensor.dtype.bits / 8) == 0;
+  }
+  if (!flat && row.size != 0 && !add_layout(roles, present, &row)) return false;
   if (rows_changed_ || k >= tables_.rows.size() || tables_.rows[k].size != row.size ||
       active_[k] != static_cast<int32_t>(r)) {
     if (!rows_changed_) drop_rows_from(k);  // the rest of the table is written anew
@@ -290,12 +309,13 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
     return true;
   }
   Row& stands = tables_.rows[k];
-  int64_t* at = &tables_.addresses[k * width];
+  int64_t* at = &tables_.addresses[k * static_cast<size_t>(width)];
   grads_moved_ = grads_moved_ || at[kGrad] != addresses[kGrad];
   addresses[kGrad] = at[kGrad] = roles[kGrad].address;
-  if (stands.step != row.step || std::memcmp(at, addresses, width * sizeof(int64_t)) != 0) {
+  if (stands.step != row.step ||
+      std::memcmp(at, addresses, static_cast<size_t>(width) * sizeof(int64_t)) != 0) {
     written_moved_ = true;
-    std::memcpy(at, addresses, width * sizeof(int64_t));
+    std::memcpy(at, addresses, static_cast<size_t>(width) * sizeof(int64_t));
   }
   const auto scalars = static_cast<size_t>(scalars_);
   if (scalars > 0) {
@@ -310,7 +330,7 @@ bool Plan::enter_row(const cpu::Passes& passes, Pending& pending) {
 
 // The dims of the parameter from the slowest to the fastest, for all roles. Rows whose roles all
 // have the parameter's dense strides need none: their memory order is the same.
-bool Plan::add_layout(const Read* roles, int64_t count, Row* row) {
+bool Plan::add_layout(const Read* roles, uint32_t present, Row* row) {
   const dlpack::Tensor& param = roles[kParam].tensor;
   int32_t order[64];
   int64_t dims = 0;
@@ -326,11 +346,13 @@ bool Plan::add_layout(const Read* roles, int64_t count, Row* row) {
     const int32_t d = order[i];
     alike = alike && param.strides[d] == dense;
     dense *= param.shape[d];
-    for (int64_t role = 1; role < count; ++role) {
+    for (int64_t role = 1; role < tables_.width(); ++role) {
+      if ((present >> role & 1u) == 0) continue;
       alike = alike && roles[role].tensor.strides[d] == param.strides[d];
     }
   }
-  for (int64_t role = 0; role < count; ++role) {
+  for (int64_t role = 0; role < tables_.width(); ++role) {
+    if ((present >> role & 1u) == 0) continue;
     const int64_t bytes = roles[role].tensor.dtype.bits / 8;
     alike = alike && roles[role].address % bytes == 0;
   }
@@ -342,7 +364,7 @@ bool Plan::add_layout(const Read* roles, int64_t count, Row* row) {
   for (int64_t i = 0; i < dims; ++i) table.push_back(param.shape[order[i]]);
   for (int64_t role = 0; role < tables_.width(); ++role) {
     for (int64_t i = 0; i < dims; ++i) {
-      const bool known = role < count;
+      const bool known = (present >> role & 1u) != 0;
       const dlpack::Tensor& t = roles[known ? role : 0].tensor;
       table.push_back(known ? t.strides[order[i]] * (t.dtype.bits / 8) : 0);
     }

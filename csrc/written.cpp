@@ -16,7 +16,7 @@ constexpr int64_t kBytesOfKept = 16;  // an entry of torch's list, beside the te
 // ----- what is written, and that none of it is shared
 
 PyObject* Plan::written() const {
-  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
+  const auto columns = static_cast<size_t>(this->columns());
   size_t count = 0;
   for (const int32_t r : active_) {
     ++count;
@@ -40,6 +40,7 @@ PyObject* Plan::written() const {
 
 int64_t Plan::itemsize(size_t k, int64_t role) const {
   const StorageType& type = kStorageTypes[storages_[static_cast<size_t>(active_[k])]];
+  if (averages_ && role + 1 == tables_.width()) return type.param == kFloat64 ? 8 : 4;
   return (role < kFirstState ? type.param : type.state).bits / 8;
 }
 
@@ -79,11 +80,18 @@ bool Plan::plainly_injective(size_t k, int64_t role) const {
   return true;
 }
 
+// The role of a column of what is written, -1 for a scalar.
+int64_t Plan::role_of(int64_t column) const {
+  if (column <= states_) return column == 0 ? int64_t{kParam} : kGrad + column;
+  return averages_ && column == columns() ? tables_.width() - 1 : -1;
+}
+
 Plan::Interval Plan::interval(Written written) const {
-  const auto columns = static_cast<uint32_t>(states_ + 2 + scalars_);
+  const auto columns = static_cast<uint32_t>(this->columns() + 1);
   const size_t k = written / columns;
   const auto column = static_cast<int64_t>(written % columns);
-  if (column <= states_) return interval(k, column == 0 ? int64_t{kParam} : kGrad + column);
+  const int64_t role = role_of(column);
+  if (role >= 0) return interval(k, role);
   const int64_t scalar = column - states_ - 2;  // -1 is the step counter
   const int64_t at =
       scalar < 0 ? tables_.rows[k].step
@@ -94,7 +102,7 @@ Plan::Interval Plan::interval(Written written) const {
 // Sorts everything that is written; false if two intervals meet or one meets itself.
 bool Plan::written_apart() {
   written_.clear();
-  const auto columns = static_cast<uint32_t>(states_ + 2 + scalars_);
+  const auto columns = static_cast<uint32_t>(this->columns() + 1);
   std::vector<std::pair<Interval, Written>> sorted;
   bool apart = true;
   for (size_t k = 0; k < active_.size(); ++k) {
@@ -103,8 +111,7 @@ bool Plan::written_apart() {
       const Written written = static_cast<uint32_t>(k) * columns + column;
       const Interval at = interval(written);
       if (at.start == 0) continue;  // state that is not there yet, a rule without a counter
-      if (column <= static_cast<uint32_t>(states_))
-        apart = apart && plainly_injective(k, column == 0 ? 0 : kGrad + column);
+      if (role_of(column) >= 0) apart = apart && plainly_injective(k, role_of(column));
       sorted.emplace_back(at, written);
     }
   }
@@ -170,7 +177,7 @@ void Plan::settle() {
   // a hook of theirs may lead back here, and Python's garbage collector cannot see through the
   // list.
   py::list states;
-  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
+  const auto columns = static_cast<size_t>(this->columns());
   for (const int32_t r : active_) {
     for (size_t c = 0; c < columns; ++c) {
       if (PyObject* object = held_[static_cast<size_t>(r) * columns + c]) {
@@ -190,7 +197,7 @@ void Plan::settle() {
 void Plan::find_shared_counters() {
   constexpr int kCounters = 4;  // as many first steps as may have made the state
   bumped_ = py::object();
-  const auto columns = static_cast<size_t>(states_ + 1 + scalars_);
+  const auto columns = static_cast<size_t>(this->columns());
   std::vector<PyObject*> open;
   for (const int32_t r : active_) {
     for (size_t c = 0; c < columns; ++c) {

@@ -66,8 +66,8 @@ def emit(rules: Mapping[str, Rule]) -> str:
     used: dict[str, Function] = {}
     added = [analyse(f) for f in (shipped.squared, shipped.nonfinite)]
     largest, join = analyse(shipped.magnitude), analyse(shipped.larger)
-    clip = analyse(shipped.clipped)
-    for function in (analyse(shipped.multiplier), clip, *added, largest, join):
+    others = [analyse(f) for f in (shipped.multiplier, shipped.clipped, shipped.averaged)]
+    for function in (*others, *added, largest, join):
         _collect(function, used)
     for entry in rules.values():
         _collect(entry.prepare, used)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .bind import bind
 from .language import Rule, named_results
 from .reduction import largest_of_row, sum_of_row
-from .rules import clipped, magnitude, squared
+from .rules import averaged, clipped, magnitude, squared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +106,13 @@ def sum_of_squares(grad: Array, unscale: float = 1.0) -> float:
     with _quiet():
         scaled = load(grad).reshape(-1)
         return _sum(bind(squared, "numpy")(scaled * scaled.dtype.type(unscale)))
+
+
+def average(before: Array, param: Array, weight: float) -> Array:
+    """The average of a parameter after a step that stored `param`; `before` is of compute type."""
+    with _quiet():
+        moved: Array = bind(averaged, "numpy")(before, load(param), before.dtype.type(weight))
+        return moved
 
 
 def largest_magnitude(grad: Array, unscale: float = 1.0) -> float:

@@ -59,6 +59,11 @@ def clipped(grad: float, clip_value: float) -> float:
     return where(grad > clip_value, clip_value, where(grad < lowest, lowest, grad))
 
 
+def averaged(average: float, param: float, weight: float) -> float:
+    """The moving average of a parameter after a step, from what was stored of it; `ema_decay`."""
+    return average + (param - average) * weight
+
+
 def nonfinite(grad: float) -> float:
     """1 for an inf or nan, else 0: the reduce pass looks again where its sum is not finite."""
     return where(grad - grad == 0.0, 0.0, 1.0)

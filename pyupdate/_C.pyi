@@ -40,6 +40,7 @@ class Plan:
         storages: Sequence[str],
         group_of: Sequence[int],
         positions: Sequence[int],
+        averages: bool,
     ) -> None:
         """Make a plan.
 
@@ -53,6 +54,7 @@ class Plan:
             storages: the name of each one's dtype; that of its state is read.
             group_of: the index of each one's group.
             positions: the place of each one in its group.
+            averages: whether each one has an average beside its state.
         """
 
     def step(

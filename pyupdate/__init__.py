@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from .backends import use_backend
     from .kernels.own import rule
     from .optim import accelerate
-    from .update import last_update, update_model
+    from .update import averaged_weights, last_update, update_model
 
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "accelerate",
+    "averaged_weights",
     "build",
     "language",
     "last_update",
@@ -38,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "accelerate": ".optim",
+    "averaged_weights": ".update",
     "last_update": ".update",
     "rule": ".kernels.own",
     "update_model": ".update",

@@ -37,6 +37,11 @@ class Options:
             state and step counts keep their bits.
         clip_value: the bound of every element of the gradient, as in torch's
             ``clip_grad_value_``, after it was unscaled and clipped by `max_norm`; None for none.
+        ema_decay: keep an exponential moving average of every parameter, which each of its steps
+            moves towards it by 1 - ema_decay (from 0 to 1; 0.999 is usual); it begins as the value
+            before the first step. In float32 (float64 for float64 parameters), in
+            ``state[param]["ema"]``, so that a ``state_dict`` carries it;
+            `pyupdate.averaged_weights` puts it into the model. None keeps none.
         state_dtype: ``torch.float32`` makes and keeps the state of bfloat16 and float16 parameters
             in float32; other parameters' has their own dtype in any case. None: state has the
             dtype of its parameter, as in torch, where moving averages stall: a bfloat16 average
@@ -49,6 +54,7 @@ class Options:
     error_if_nonfinite: bool = False
     skip_nonfinite: bool = False
     clip_value: float | None = None
+    ema_decay: float | None = None
     state_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +66,11 @@ class Options:
             _check_number(name, bound, " or None")
             if not bound >= 0.0:
                 message = f"{name} must not be negative or nan, but is {bound}"
+                raise ValueError(message)
+        if self.ema_decay is not None:
+            _check_number("ema_decay", self.ema_decay, " or None")
+            if not 0.0 <= self.ema_decay <= 1.0:
+                message = f"ema_decay must be from 0 to 1, but is {self.ema_decay}"
                 raise ValueError(message)
         _check_number("norm_type", self.norm_type)
         if self.norm_type not in (2.0, math.inf):

@@ -8,6 +8,7 @@ nor tensorflow is imported before an object of theirs was seen.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from . import frameworks
@@ -94,6 +95,39 @@ def update_model(
     from .pytorch import update
 
     update.update(model, loss, retain_graph, scaler, defer, deferred)
+
+
+def averaged_weights(
+    model_or_optimizer: torch.nn.Module | torch.optim.Optimizer,
+) -> AbstractContextManager[None]:
+    """Put the averages that ``ema_decay`` keeps into the parameters, inside a ``with`` block.
+
+    The values are exchanged in place, rounded to the parameter's dtype, and afterwards, or after an
+    exception, the parameters have their own bits again, whatever was written into them inside. A
+    parameter that has not been stepped yet keeps its value. Buffers (running statistics of
+    normalisation) are not averaged. No step can be made inside. Costs a copy of the parameters.
+
+    Args:
+        model_or_optimizer: a model with an optimizer attached (`pyupdate.build`), whose parameters
+            are exchanged; or an optimizer, for all of its parameters.
+
+    Returns:
+        The context manager.
+
+    Raises:
+        ValueError: on entry: neither of the two, or no averages are kept.
+        RuntimeError: on entry: inside another such block for the same optimizer.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> model = pyupdate.build(torch.nn.Linear(4, 1), "adamw", ema_decay=0.99)
+        >>> pyupdate.update_model(model, model(torch.ones(8, 4)))
+        >>> with pyupdate.averaged_weights(model):
+        ...     answer = model(torch.ones(1, 4))
+    """
+    from .pytorch import averages
+
+    return averages.swapped_in(model_or_optimizer)
 
 
 def last_update(model_or_optimizer: torch.nn.Module | torch.optim.Optimizer) -> LastUpdate | None:

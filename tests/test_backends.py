@@ -242,6 +242,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"max_norm": 0.7},
     {"max_norm": 0.7, "norm_type": float("inf"), "skip_nonfinite": True, "clip_value": 0.3},
+    {"ema_decay": 0.9},
 ]
 
 SIZES = (40_000, 3, 0, 2047, 1, 20_000, 7)

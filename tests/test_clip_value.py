@@ -71,7 +71,8 @@ def test_the_whole_step_to_the_bit(case: Case, dtype, isas, threads, compiled):
     halves = [0.5] * len(grads)
     truth, state = oracle_steps(case, array_of(start), arrays, halves, clip_value=0.3)
     plain, _ = oracle_steps(case, array_of(start), arrays, halves)
-    assert not np.array_equal(truth, plain)
+    if case in (ADAMW, MOMENTUM):  # Rprop looks at signs alone
+        assert not np.array_equal(truth, plain)
 
     def check(what: str) -> None:
         param = nn.Parameter(start.clone())

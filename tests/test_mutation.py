@@ -247,6 +247,7 @@ def reductions_hold(found: ModuleType) -> None:
     assert found.squared(3.0) == 9.0
     for value in (0.0, -0.0, -1.5, 1e308, 5e-324, -math.inf):
         assert str(found.magnitude(value)) == str(abs(value))  # the sign of a zero too
+    assert found.averaged(3.0, 7.0, 0.25) == 4.0
     for value in (0.0, 0.5, -0.5, 0.75, -0.75, math.inf, -math.inf):
         assert found.clipped(value, 0.5) == min(max(value, -0.5), 0.5)
     assert str(found.clipped(-0.0, 0.0)) == "-0.0"

@@ -25,6 +25,7 @@ TAKEN: dict[str, Any] = {
     "error_if_nonfinite": True,
     "skip_nonfinite": True,
     "clip_value": 0.5,
+    "ema_decay": 0.99,
     "state_dtype": torch.float32,
 }
 """A value of each option that is not its default."""
@@ -41,6 +42,11 @@ REFUSED = [
     ("clip_value", math.nan),
     ("clip_value", False),
     ("clip_value", (-1.0, 1.0)),
+    ("ema_decay", -0.1),
+    ("ema_decay", 1.1),
+    ("ema_decay", math.nan),
+    ("ema_decay", True),
+    ("ema_decay", "0.9"),
     ("norm_type", 1.0),
     ("norm_type", 0),
     ("norm_type", -math.inf),

@@ -222,6 +222,25 @@ def test_a_clip_comes_before_the_first_stage(rule, toy_module):
         assert_same_bits(param, expected, backend)
 
 
+@every_dtype
+@every_toy
+def test_the_average_comes_after_the_last_stage(rule, dtype, toy_module):
+    rng = np.random.default_rng(76)
+    start, *grads = [random_values(rng, 40_001, dtype) for _ in range(3)]
+    average = oracle.load(array_of(start))
+    for turn in range(2):
+        expected, _ = on_numpy(rule, array_of(start), [array_of(g) for g in grads[: turn + 1]])
+        average = oracle.average(average, expected, 1.0 - 0.75)
+    for backend in ("cpu", "reference"):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = Toy([param], rule)
+        optimizer.pyupdate_options = pyupdate.options.Options(ema_decay=0.75)
+        with pyupdate.use_backend(backend):
+            torch_steps(optimizer, [param], [[grad] for grad in grads])
+        assert_same_bits(param, expected, backend)
+        assert_same_bits(optimizer.state[param]["ema"], average, f"{backend}: average")
+
+
 # ----- who runs it --------------------------------------------------------------------------------
 
 

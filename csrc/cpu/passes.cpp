@@ -116,16 +116,27 @@ constexpr const char* name_of(bf16) { return "bfloat16"; }
 constexpr const char* name_of(fp16) { return "float16"; }
 
 template <class S>
+void average(const void* param, void* average, int64_t n, double weight) {
+  using T = typename S::Compute;
+  const auto* from = static_cast<const typename S::Param*>(param);
+  auto* to = static_cast<T*>(average);
+  const T narrowed = static_cast<T>(weight);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = text::averaged<T>(to[i], load(from[i]), narrowed);
+}
+
+template <class S>
 constexpr StorageInfo storage_info() {
   using T = typename S::Compute;
   constexpr int64_t param = sizeof(typename S::Param), grad = sizeof(typename S::Grad);
   constexpr int64_t state = sizeof(typename S::State);
   return {name_of(typename S::Param{}),
-          {param, grad, state, state, state, state},
+          {param, grad, state, state, state, state, state},
           int64_t{sizeof(T)},
           clear<T>,
           sum<T>,
           largest<T>,
+          average<S>,
           kernel<squared_stage, S>(),
           kernel<magnitude_stage, S>(),
           kernel<nonfinite_stage, S>()};

@@ -38,9 +38,11 @@ struct StorageInfo {
   void (*clear)(void* lanes, int64_t n);
   double (*sum)(const void* lanes, int64_t n);
   double (*largest)(const void* lanes, int64_t n);  // likewise, for the inf norm
-  Kernel squared;                                   // the reduce pass for the 2-norm
-  Kernel magnitude;                                 // and for the inf norm
-  Kernel nonfinite;                                 // its second look, where a sum is not finite
+  // Moves the averages (compute type) of n parameters towards what was stored.
+  void (*average)(const void* param, void* average, int64_t n, double weight);
+  Kernel squared;    // the reduce pass for the 2-norm
+  Kernel magnitude;  // and for the inf norm
+  Kernel nonfinite;  // its second look, where a sum is not finite
 };
 
 struct RuleInfo {

@@ -286,7 +286,8 @@ class Region {
       if (stage >= rule.stages) return;
       const Kernel& kernel = rule.kernels[stage][hyper.storage];
       const StorageInfo& storage = passes_.storages[hyper.storage];
-      run_chunk(kernel, storage, r, chunk, outcome_.multiplier * hyper.sign, workspace);
+      const bool averages = tables_.averages_ && stage + 1 == rule.stages;
+      run_chunk(kernel, storage, r, chunk, outcome_.multiplier * hyper.sign, workspace, averages);
       const int64_t count = std::min(kChunk, row.size - chunk * kChunk);
       for (int k = 0; k < kernel.sums; ++k) {
         const auto at = (kernel.first_sum + k) * tables_.chunks() + row.chunk + chunk;
@@ -338,7 +339,7 @@ class Region {
   // ----- one chunk
 
   void run_chunk(const Kernel& kernel, const StorageInfo& storage, size_t r, int64_t chunk,
-                 double multiplier, Workspace& workspace) {
+                 double multiplier, Workspace& workspace, bool averages = false) {
     const Row& row = tables_.rows[r];
     const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
     const int64_t* address = &tables_.addresses[r * static_cast<size_t>(tables_.width_)];
@@ -359,32 +360,66 @@ class Region {
     }
     if (row.layout >= 0) {
       run_strided(kernel, storage, block, address,
-                  &tables_.layouts[static_cast<size_t>(row.layout)], workspace);
+                  &tables_.layouts[static_cast<size_t>(row.layout)], workspace, averages);
       return;
     }
     for (int64_t role = 0; role < tables_.width_; ++role) {
-      block.role[role] = reinterpret_cast<void*>(address[role] + begin * storage.itemsize[role]);
+      block.role[role] = reinterpret_cast<void*>(address[role] + begin * itemsize(storage, role));
     }
-    kernel.run(block);
+    if (averages) {
+      run_averaged(kernel, storage, block);
+    } else {
+      kernel.run(block);
+    }
+  }
+
+  // The bytes of an element of a role.
+  int64_t itemsize(const StorageInfo& storage, int64_t role) const {
+    const bool average = tables_.averages_ && role + 1 == tables_.width_;
+    return average ? storage.compute_size : storage.itemsize[role];
+  }
+
+  // A block piece by piece, each averaged while its parameters are in the cache: memory is passed
+  // over once. A last stage leaves no sums, so the pieces are like any other blocks.
+  void run_averaged(const Kernel& kernel, const StorageInfo& storage, Block block) {
+    for (int64_t left = block.count; left > 0; left -= kLanes) {
+      block.count = std::min(kLanes, left);
+      kernel.run(block);
+      average(storage, block);
+      block.element += kLanes;
+      for (int64_t role = 0; role < tables_.width_; ++role) {
+        block.role[role] = static_cast<char*>(block.role[role]) + kLanes * itemsize(storage, role);
+      }
+    }
+  }
+
+  void average(const StorageInfo& storage, const Block& block) const {
+    storage.average(block.role[kParam], block.role[tables_.width_ - 1], block.count,
+                    request_.ema_weight);
   }
 
   // Gathers a strided row into flat scratch, runs the same kernel there, scatters what it wrote.
   void run_strided(const Kernel& kernel, const StorageInfo& storage, Block block,
-                   const int64_t* address, const int64_t* layout, Workspace& workspace) {
+                   const int64_t* address, const int64_t* layout, Workspace& workspace,
+                   bool averages) {
     const int64_t end = block.element + block.count;
+    const unsigned last = averages ? 1u << (tables_.width_ - 1) : 0u;
+    const unsigned reads = kernel.reads | last | (averages ? 1u << kParam : 0u);
+    const unsigned writes = kernel.writes | last;
     for (int64_t begin = block.element; begin < end; begin += kLanes) {
       block.element = begin;
       block.count = std::min(kLanes, end - begin);
       for (int64_t role = 0; role < tables_.width_; ++role) {
         block.role[role] = workspace.scratch[role];
-        if (kernel.reads >> role & 1u) {
-          copy_strided<true>(block, role, storage.itemsize[role], address[role], layout);
+        if (reads >> role & 1u) {
+          copy_strided<true>(block, role, itemsize(storage, role), address[role], layout);
         }
       }
       kernel.run(block);
+      if (averages) average(storage, block);
       for (int64_t role = 0; role < tables_.width_; ++role) {
-        if (kernel.writes >> role & 1u) {
-          copy_strided<false>(block, role, storage.itemsize[role], address[role], layout);
+        if (writes >> role & 1u) {
+          copy_strided<false>(block, role, itemsize(storage, role), address[role], layout);
         }
       }
     }

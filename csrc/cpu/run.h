@@ -13,7 +13,10 @@ namespace pyupdate::cpu {
 // The tables of plan.h with what this back end needs beside them: the list of work and the sums.
 class Tables {
  public:
-  explicit Tables(int64_t width, int64_t scalars = 0) : width_(width), scalars_(scalars) {}
+  // `averages`: whether the last of the `width` addresses of a row is that of its average, of the
+  // compute type.
+  explicit Tables(int64_t width, int64_t scalars = 0, bool averages = false)
+      : width_(width), scalars_(scalars), averages_(averages) {}
 
   // Rows are added one by one; `addresses` are `width` of them, `scalars` those of the scalars,
   // each said as Row::step is.
@@ -26,6 +29,7 @@ class Tables {
 
   int64_t width() const { return width_; }
   int64_t scalars_width() const { return scalars_; }
+  bool averages() const { return averages_; }
   int64_t bytes() const;
   int64_t elements() const;
   int64_t chunks() const;
@@ -41,6 +45,7 @@ class Tables {
   friend class Region;
   int64_t width_;
   int64_t scalars_;
+  bool averages_;
   // Work: runs of chunks of about kChunk elements. An item is (row << 32 | chunk of the row) where
   // the run starts; it ends where the next one starts.
   std::vector<int64_t> items_;
@@ -61,6 +66,7 @@ struct Request {
   double max_norm = -1.0;  // no clip below zero
   // Bound of every multiplied gradient element, infinite for none.
   double clip_value = std::numeric_limits<double>::infinity();
+  double ema_weight = 0.0;  // of the new parameter in its average
   double multiplier = 1.0;  // used as it is if `reduce` is off
   int threads = 1;
   // Called by the calling thread once it is certain that something will be written, while the

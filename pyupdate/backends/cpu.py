@@ -64,7 +64,9 @@ def module_with(rule: Rule) -> Any | None:
 class Part:
     """The rows of a plan that one compiled module steps."""
 
-    def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule], module: Any) -> None:
+    def __init__(
+        self, rows: Sequence[Row], rules: Sequence[GroupRule], module: Any, averages: bool
+    ) -> None:
         self.rows = rows
         self._rules = rules
         self._threads = torch.get_num_threads
@@ -87,6 +89,7 @@ class Part:
             storages=[STORAGES[row.param.dtype] for row in rows],
             group_of=[row.group for row in rows],
             positions=[row.position for row in rows],
+            averages=averages,
         )
 
     @property

@@ -14,10 +14,11 @@ import torch
 from ..kernels.bind import bind
 from ..kernels.language import named_results
 from ..kernels.reduction import largest_of_row, sum_of_row
-from ..kernels.rules import clipped, magnitude, nonfinite, squared
+from ..kernels.rules import averaged, clipped, magnitude, nonfinite, squared
 from ..pytorch.forks import one_thread_in_forked_child
 from ..pytorch.request import Request
 from ..pytorch.rows import (
+    AVERAGE,
     GroupRule,
     Inputs,
     Row,
@@ -25,6 +26,7 @@ from ..pytorch.rows import (
     check_all_memory,
     check_row,
     has_state,
+    lacks_average,
     mend_row,
 )
 
@@ -44,6 +46,7 @@ class Part:
         self._rules = rules
         # Steps made, for rules whose steps torch does not count: from "the buffer is absent".
         self._counters: dict[int, tuple[object, int]] = {}
+        self._lacking: frozenset[int] = frozenset()
         self._made: frozenset[int] = frozenset()
         self._listed: list[int] | None = None
 
@@ -57,12 +60,17 @@ class Part:
             message = "the optimizer's parameters"
             raise Stale(message)
         fresh = []
+        lacking = []
         for r, row in self._active():
             mend_row(row, inputs)
             check_row(row, self._rules[row.group], inputs)
             keys = self._rules[row.group].keys
-            if keys and not has_state(inputs.state.get(row.param), keys, row.name):
+            inner = inputs.state.get(row.param)
+            if keys and not has_state(inner, keys, row.name):
+                lacking.append(r)
+            if lacking[-1:] == [r] or lacks_average(inner, inputs):
                 fresh.append(r)
+        self._lacking = frozenset(lacking)
         check_all_memory(self.rows, self._rules, inputs)
         return fresh
 
@@ -130,6 +138,10 @@ class Part:
             place.copy_(known[name])
         for name, number in scalars.items():
             state[name].fill_(number)
+        if inputs.averages:
+            average = inputs.state[row.param][AVERAGE]
+            weight = _compute(request.ema_weight, like)
+            average.copy_(bind(averaged, "torch")(average.detach(), _load(row.param), weight))
         if group.counts_steps:
             state["step"].fill_(count)
         else:
@@ -145,9 +157,9 @@ class Part:
             return 1 if r in self._made else 2
         return count + 1
 
-    def state_was_made(self, rows: Sequence[int]) -> None:
-        """Tell it whose state was absent until now, so that their first step is known as such."""
-        self._made = frozenset(rows)
+    def state_was_made(self) -> None:
+        """Tell it that what the last check found absent was made: a first step is known as such."""
+        self._made = self._lacking
 
 
 def _gradient(row: Row) -> torch.Tensor:

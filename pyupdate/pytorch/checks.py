@@ -85,6 +85,23 @@ def check_state(param: torch.Tensor, value: object, key: str, name: str) -> None
     _check_alike(param, value, state.dtypes_of(param), what, mend)
 
 
+def check_average(param: torch.Tensor, value: object, key: str, name: str) -> None:
+    """Refuse an average that does not belong to its parameter.
+
+    Raises:
+        TypeError: it is no tensor, or of the wrong kind or dtype.
+        ValueError: its device or shape.
+    """
+    what = f"state '{key}' of '{name}'"
+    wanted = state.compute_type(param)
+    mend = f"delete it, or give one of {wanted}"
+    if not isinstance(value, torch.Tensor):
+        message = f"{what} is {type(value).__name__}, not a tensor: {mend}"
+        raise TypeError(message)
+    _check_kind(value, what)
+    _check_alike(param, value, (wanted,), what, mend)
+
+
 def check_one_dtype(states: Mapping[str, torch.Tensor], name: str) -> None:
     """Refuse state of which a part was kept in float32 and a part was not.
 

@@ -43,9 +43,12 @@ class Part(Protocol):
 class Plan:
     """The rows of one optimizer, or of a subset of its parameters, parted by back end."""
 
-    def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule]) -> None:
+    def __init__(
+        self, rows: Sequence[Row], rules: Sequence[GroupRule], *, averages: bool = False
+    ) -> None:
         self.rows = rows
         self.rules = rules
+        self.averages = averages
         self.choice = choice()
         parts: dict[Any, list[Row]] = {}
         for row in rows:
@@ -53,7 +56,7 @@ class Plan:
         self.parts: list[Part] = [
             reference_backend.Part(members, rules)
             if module is None
-            else cpu_backend.Part(members, rules, module)
+            else cpu_backend.Part(members, rules, module, averages)
             for module, members in parts.items()
         ]
         self._order = {id(row.param): r for r, row in enumerate(rows)}
@@ -132,20 +135,20 @@ class Plan:
             part.apply(inputs, request, multiplier)
         return LastUpdate(norm, skipped=False, multiplier=multiplier)
 
-    def _make_states(self, fresh: Sequence[Sequence[int]], inputs: Inputs) -> list[Row]:
-        made: list[Row] = []
+    def _make_states(self, fresh: Sequence[Sequence[int]], inputs: Inputs) -> list[tuple[Any, str]]:
+        lacking: list[Row] = []
+        made: list[tuple[Any, str]] = []
         for part, rows in zip(self.parts, fresh, strict=True):
             if isinstance(part, reference_backend.Part):
-                part.state_was_made(rows)
-            made += [part.rows[r] for r in rows]
+                part.state_was_made()
+            lacking += [part.rows[r] for r in rows]
         try:
-            make_state(made, self.rules, inputs)
+            make_state(lacking, self.rules, inputs, made)
         except BaseException:  # out of memory: as if it had not begun
             self._drop_states(made, inputs)
             raise
         return made
 
-    def _drop_states(self, made: Sequence[Row], inputs: Inputs) -> None:
-        for row in made:
-            for key in self.rules[row.group].keys:
-                inputs.state[row.param].pop(key, None)
+    def _drop_states(self, made: Sequence[tuple[Any, str]], inputs: Inputs) -> None:
+        for param, key in made:
+            inputs.state[param].pop(key, None)

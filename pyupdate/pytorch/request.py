@@ -36,6 +36,7 @@ class Request(NamedTuple):
         unscale: what every gradient is multiplied by before the norm is taken.
         max_norm: the bound of the norm, negative for no clip.
         clip_value: the bound of every multiplied gradient element, infinite for none.
+        ema_weight: of the new parameter in its average, where there are averages.
     """
 
     reduce: bool
@@ -45,6 +46,7 @@ class Request(NamedTuple):
     unscale: float
     max_norm: float
     clip_value: float
+    ema_weight: float
 
     def check_norm(self, norm: float | None, options: Options) -> None:
         """Refuse a norm that is not finite, where that was asked for.
@@ -73,4 +75,5 @@ def request_of(options: Options, scaling: Scaling) -> Request:
         unscale=scaling.unscale,
         max_norm=-1.0 if options.max_norm is None else float(options.max_norm),
         clip_value=math.inf if options.clip_value is None else float(options.clip_value),
+        ema_weight=0.0 if options.ema_decay is None else 1.0 - float(options.ema_decay),
     )

@@ -19,6 +19,10 @@ Group = dict[str, Any]
 State = Mapping[torch.Tensor, dict[str, Any]]
 
 
+AVERAGE = "ema"
+"""The state key of a parameter's average."""
+
+
 class Stale(Exception):
     """What a plan was made of has changed: make a new one."""
 
@@ -69,6 +73,8 @@ class Inputs:
     """A group each: the sign of the gradient, then what the rule's prepare takes."""
     state_dtype: torch.dtype | None = None
     """The option of that name."""
+    averages: bool = False
+    """Whether each parameter has an average of itself beside its state: the option `ema_decay`."""
 
 
 def numbers_of(rule: Rule, group: Group) -> list[float]:
@@ -126,12 +132,19 @@ def has_state(inner: Mapping[str, Any] | None, keys: Sequence[str], name: str) -
     return not missing
 
 
+def lacks_average(inner: Mapping[str, Any] | None, inputs: Inputs) -> bool:
+    """Whether a parameter's average must be made."""
+    return inputs.averages and (inner is None or inner.get(AVERAGE) is None)
+
+
 def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
     """Refuse a row whose parameter, gradient or state is not right, with the reason."""
     checks.check_parameter(row.param, row.name)
     if row.param.grad is not None:
         checks.check_gradient(row.param, row.param.grad, row.name)
     inner = inputs.state.get(row.param)
+    if inner is not None and inputs.averages and not lacks_average(inner, inputs):
+        checks.check_average(row.param, inner[AVERAGE], AVERAGE, row.name)
     if not rule.keys or not has_state(inner, rule.keys, row.name):
         return
     assert inner is not None
@@ -177,7 +190,7 @@ def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: In
             checks.Memory(f"the gradient of '{row.name}'", row.param.grad, written=False)
         )
         inner = inputs.state.get(row.param) or {}
-        for key in rules[row.group].keys:
+        for key in (*rules[row.group].keys, *((AVERAGE,) if inputs.averages else ())):
             value = inner.get(key)
             if isinstance(value, torch.Tensor):
                 what = f"state '{key}' of '{row.name}'"
@@ -186,8 +199,15 @@ def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: In
 
 
 @one_thread_in_forked_child()
-def make_state(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) -> None:
-    """Give parameters the state that torch's optimizer would, under torch's keys.
+def make_state(
+    rows: Sequence[Row],
+    rules: Sequence[GroupRule],
+    inputs: Inputs,
+    made: list[tuple[torch.Tensor, str]],
+) -> None:
+    """Give parameters the state that torch's optimizer would, under torch's keys, and averages.
+
+    What is there already stays; what is made is listed in `made`, to be taken back after a failure.
 
     What is made in one go shares one autograd version counter, so that a step bumps it once
     instead of once a tensor (20 to 40 ns each). A counter that moves too often is harmless:
@@ -197,20 +217,33 @@ def make_state(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) 
     for row in rows:
         rule = rules[row.group]
         inner = inputs.state[row.param]
-        numbers = dict(zip(rule.rule.numbers, inputs.numbers[row.group][1:], strict=True))
-        made = {"step": _new_scalar(0.0)} if rule.counts_steps else {}
-        for key, initial in rule.rule.scalars.items():
-            made[key] = _new_scalar(numbers[initial] if isinstance(initial, str) else initial)
-        for key, initial in rule.rule.state.items():
-            dtype = states.dtype_for(row.param, inputs.state_dtype)
-            values = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
-            if initial == "param":
-                values.copy_(row.param.detach())
-            elif initial != 0.0:
-                values.fill_(numbers[initial] if isinstance(initial, str) else initial)
-            made[key] = values
-        for key, values in made.items():
-            inner[key] = _count_with(counted, values.detach())
+        values = {}
+        if rule.keys and not has_state(inner, rule.keys, row.name):
+            values = _state_of(row, rule, inputs)
+        if lacks_average(inner, inputs):
+            like = torch.zeros_like(
+                row.param, dtype=states.compute_type(row.param), memory_format=torch.preserve_format
+            )
+            values[AVERAGE] = like.copy_(row.param.detach())
+        for key, value in values.items():
+            made.append((row.param, key))
+            inner[key] = _count_with(counted, value.detach())
+
+
+def _state_of(row: Row, rule: GroupRule, inputs: Inputs) -> dict[str, torch.Tensor]:
+    numbers = dict(zip(rule.rule.numbers, inputs.numbers[row.group][1:], strict=True))
+    made = {"step": _new_scalar(0.0)} if rule.counts_steps else {}
+    for key, initial in rule.rule.scalars.items():
+        made[key] = _new_scalar(numbers[initial] if isinstance(initial, str) else initial)
+    for key, initial in rule.rule.state.items():
+        dtype = states.dtype_for(row.param, inputs.state_dtype)
+        values = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
+        if initial == "param":
+            values.copy_(row.param.detach())
+        elif initial != 0.0:
+            values.fill_(numbers[initial] if isinstance(initial, str) else initial)
+        made[key] = values
+    return made
 
 
 def _count_with(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,11 @@ def dtypes_of(param: torch.Tensor) -> tuple[torch.dtype, ...]:
     return (param.dtype, torch.float32) if param.dtype in HALVES else (param.dtype,)
 
 
+def compute_type(param: torch.Tensor) -> torch.dtype:
+    """What a parameter is computed in, and its average kept in."""
+    return torch.float64 if param.dtype is torch.float64 else torch.float32
+
+
 def converted(
     optimizer: Optimizer, wanted: torch.dtype | None
 ) -> list[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -41,6 +41,8 @@ class Engine:
     names: Mapping[int, str] = field(default_factory=dict)
     last: LastUpdate | None = None
     kept: int = PLANS_KEPT
+    swapped: bool = False
+    """Whether the parameters hold their averages, so that no step may be made."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -195,6 +197,7 @@ step_in_pieces.hooked = True  # type: ignore[attr-defined]
 
 @contextmanager
 def _locked(engine: Engine) -> Iterator[None]:
+    check_not_swapped(engine)
     if not engine.lock.acquire(blocking=False):
         message = "this optimizer is being stepped by another thread"
         raise RuntimeError(message)
@@ -202,6 +205,20 @@ def _locked(engine: Engine) -> Iterator[None]:
         yield
     finally:
         engine.lock.release()
+
+
+def check_not_swapped(engine: Engine) -> None:
+    """Refuse a step of averages, which would be lost.
+
+    Raises:
+        RuntimeError: inside `pyupdate.averaged_weights`.
+    """
+    if engine.swapped:
+        message = (
+            "the averages are in the model (pyupdate.averaged_weights), and a step of them would "
+            "be lost: leave the block first"
+        )
+        raise RuntimeError(message)
 
 
 def _mark_stepped(optimizer: Optimizer) -> None:
@@ -224,8 +241,9 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
             known = engine.rules[rule.name] = GroupRule(rule, row.counts_steps)
         rules.append(known)
     numbers = [numbers_of(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
-    state_dtype = options_of(optimizer).state_dtype
-    return rules, Inputs(groups, optimizer.state, numbers, state_dtype)
+    options = options_of(optimizer)
+    averages = options.ema_decay is not None
+    return rules, Inputs(groups, optimizer.state, numbers, options.state_dtype, averages)
 
 
 def _step_once(
@@ -238,7 +256,7 @@ def _step_once(
 ) -> LastUpdate:
     key = None if only is None else tuple(map(id, only))
     for _ in range(3):
-        plan = _plan(engine, inputs.groups, rules, key)
+        plan = _plan(engine, inputs, rules, key)
         try:
             return plan.step(inputs, options_of(optimizer), scaling)
         except Stale as stale:
@@ -250,16 +268,22 @@ def _step_once(
 
 def _plan(
     engine: Engine,
-    groups: list[dict[str, Any]],
+    inputs: Inputs,
     rules: list[GroupRule],
     key: tuple[int, ...] | None,
 ) -> Plan:
     plan = engine.plans.get(key)
     # A plan without parts cannot tell whether the groups list other parameters by now.
-    if plan is not None and plan.parts and plan.rules == rules and plan.choice == choice():
+    if (
+        plan is not None
+        and plan.parts
+        and plan.rules == rules
+        and plan.choice == choice()
+        and plan.averages == inputs.averages
+    ):
         return plan
-    rows = rows_of(groups, None if key is None else frozenset(key), engine.names)
+    rows = rows_of(inputs.groups, None if key is None else frozenset(key), engine.names)
     while len(engine.plans) >= engine.kept:
         del engine.plans[next(iter(engine.plans))]
-    plan = engine.plans[key] = Plan(rows, rules)
+    plan = engine.plans[key] = Plan(rows, rules, averages=inputs.averages)
     return plan
