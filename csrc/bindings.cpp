@@ -153,7 +153,8 @@ Found refresh(Plan& plan, const py::list& groups, const py::dict& state, const N
 // The GIL while a region runs: dropped at once where there is a reduce pass, else after the version
 // counters were bumped, which the calling thread does while the others begin to write.
 struct Gil {
-  const Plan& plan;
+  const std::vector<Plan*>& plans;
+  const std::vector<cpu::Member>& members;
   PyThreadState* saved = nullptr;
   std::optional<py::error_already_set> error;
 
@@ -163,16 +164,20 @@ struct Gil {
     saved = nullptr;
   }
   void bump() {
-    const py::object written = plan.to_bump();
-    const py::object done = py::reinterpret_steal<py::object>(
-        written ? PyObject_CallOneArg(plan.increment_version(), written.ptr()) : nullptr);
-    if (!done) error.emplace();
+    for (size_t m = 0; m < plans.size(); ++m) {
+      if (members[m].outcome.skipped) continue;
+      const py::object written = plans[m]->to_bump();
+      const py::object done = py::reinterpret_steal<py::object>(
+          written ? PyObject_CallOneArg(plans[m]->increment_version(), written.ptr()) : nullptr);
+      if (!done) error.emplace();
+    }
   }
 };
 
-cpu::Outcome run(Plan& plan, const cpu::Request& wanted) {
-  Gil gil{plan, nullptr, {}};
-  cpu::Request request = wanted;
+// Runs plans that were refreshed just now; `tables` holds the rows of all of them.
+void run(const std::vector<Plan*>& plans, cpu::Tables& tables, std::vector<cpu::Member>& members) {
+  Gil gil{plans, members, nullptr, {}};
+  cpu::Request& request = members[0].request;
   request.context = &gil;
   request.before_writing = [](void* context) {
     Gil& held = *static_cast<Gil*>(context);
@@ -180,12 +185,21 @@ cpu::Outcome run(Plan& plan, const cpu::Request& wanted) {
     held.bump();
     held.drop();
   };
-  if (request.reduce) gil.drop();
-  const cpu::Outcome outcome = cpu::run(passes(), plan.tables(), request);
+  for (const cpu::Member& member : members) {
+    if (member.request.reduce && gil.saved == nullptr) gil.drop();
+  }
+  cpu::run(passes(), tables, members);
   gil.take();
-  if (request.apply && !outcome.skipped) plan.count_step();
+  for (size_t m = 0; m < plans.size(); ++m) {
+    if (!members[m].outcome.skipped) plans[m]->count_step();
+  }
   if (gil.error) throw std::move(*gil.error);
-  return outcome;
+}
+
+cpu::Outcome run(Plan& plan, const cpu::Request& request) {
+  std::vector<cpu::Member> alone{{request, plan.tables().rows.size(), {}}};
+  run({&plan}, plan.tables(), alone);
+  return alone[0].outcome;
 }
 
 // (what the refresh found, the rows that it noticed, norm, non-finite, skipped, multiplier)
@@ -217,6 +231,45 @@ Answer step(Plan& plan, const py::list& groups, const py::dict& state, const Num
   const cpu::Outcome outcome = run(plan, request_of(wanted, threads));
   if (!outcome.skipped) plan.settle();
   return answer(found, plan, outcome);
+}
+
+// (plan, groups, state, numbers, request)
+using Step = std::tuple<Plan*, py::list, py::dict, Numbers, Wanted>;
+
+// The steps of several plans in one region. If one of them is not plainly right, or they share
+// memory, nothing is done and nothing is answered: whoever steps them one by one is told why.
+std::vector<Answer> step_together(const std::vector<Step>& steps, int threads) {
+  std::vector<std::unique_ptr<Busy>> busy;
+  std::vector<std::unique_ptr<GradientsHeld>> held;
+  std::vector<Plan*> plans;
+  for (const auto& [plan, groups, state, numbers, wanted] : steps) {
+    busy.push_back(std::make_unique<Busy>(*plan));
+    held.push_back(std::make_unique<GradientsHeld>(*plan));
+    if (plan->tables().averages()) return {};
+    if (refresh(*plan, groups, state, numbers) != Found::kReady) return {};
+    plans.push_back(plan);
+  }
+  if (plans.empty() || !Plan::apart({plans.begin(), plans.end()})) return {};
+  int64_t width = 0;
+  int64_t scalars = 0;
+  for (Plan* plan : plans) {
+    width = std::max(width, plan->tables().width());
+    scalars = std::max(scalars, plan->tables().scalars_width());
+  }
+  cpu::Tables tables(width, scalars);
+  std::vector<cpu::Member> members;
+  for (const Step& step : steps) {
+    tables.append(std::get<Plan*>(step)->tables(), static_cast<int64_t>(members.size()));
+    members.push_back({request_of(std::get<Wanted>(step), threads), tables.rows.size(), {}});
+  }
+  tables.cut();
+  run(plans, tables, members);
+  std::vector<Answer> answers;
+  for (size_t m = 0; m < plans.size(); ++m) {
+    if (!members[m].outcome.skipped) plans[m]->settle();
+    answers.push_back(answer(Found::kReady, *plans[m], members[m].outcome));
+  }
+  return answers;
 }
 
 // The refresh alone.
@@ -338,6 +391,7 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("nbytes", &Plan::bytes)
       .def("chunks", [](Plan& plan) { return plan.tables().chunks(); });
 
+  m.def("step_together", &step_together, py::arg("steps"), py::arg("threads"));
   m.def("isa", [] { return std::string(passes().isa); });
   m.def("isas", &names_of_isas);
   m.def("use_isa", &use_isa, py::arg("name"));

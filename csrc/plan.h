@@ -32,11 +32,12 @@ struct Row {
 // fp64, `kHypers` of them from `offset`; a kernel rounds them to its compute type. Behind them
 // stand the new values of the counted scalars.
 struct HyperRow {
-  int64_t rule;     // index into the rules of the module
-  int64_t storage;  // index into Storages
-  int64_t offset;   // into the hyper table
-  int64_t step;     // the step count that this step makes
-  double sign;      // -1 where the group maximizes
+  int64_t rule;        // index into the rules of the module
+  int64_t storage;     // index into Storages
+  int64_t offset;      // into the hyper table
+  int64_t step;        // the step count that this step makes
+  double sign;         // -1 where the group maximizes
+  int64_t member = 0;  // of the plans that run in one region
 };
 
 // What is known only when the reduce pass is over. Kernels read it through memory, never by value.

@@ -75,6 +75,8 @@ class Plan {
 
   // The row that a refresh stopped at, or that has no state yet, one by one.
   const std::vector<int64_t>& noticed() const { return noticed_; }
+  // Whether several plans, all refreshed just now, can run together: see written.cpp.
+  static bool apart(const std::vector<const Plan*>& plans);
   // The memory as it was last refreshed shares nothing: checked by somebody more patient.
   void vouch() { vouched_ = fingerprint(); }
 

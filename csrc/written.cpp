@@ -143,6 +143,34 @@ bool Plan::grads_apart() const {
   return true;
 }
 
+// Whether nothing that one of several plans writes is written or read by another one, as far as
+// their extents say so. Each plan was refreshed, and found right by itself.
+bool Plan::apart(const std::vector<const Plan*>& plans) {
+  std::vector<Interval> all;
+  const auto before = [](const Interval& a, const Interval& b) { return a.start < b.start; };
+  for (const Plan* plan : plans) {
+    const auto middle = static_cast<std::ptrdiff_t>(all.size());
+    for (const Written written : plan->written_) all.push_back(plan->interval(written));
+    std::inplace_merge(all.begin(), all.begin() + middle, all.end(), before);
+  }
+  for (size_t i = 1; i < all.size(); ++i) {
+    if (all[i - 1].end > all[i].start) return false;
+  }
+  for (const Plan* plan : plans) {
+    Interval gap{INT64_MAX, INT64_MIN};
+    for (size_t k = 0; k < plan->active_.size(); ++k) {
+      if (plan->tables_.rows[k].size == 0) continue;
+      const Interval grad = plan->interval(k, kGrad);
+      if (grad.start >= gap.start && grad.end <= gap.end) continue;
+      const auto next = std::upper_bound(all.begin(), all.end(), grad, before);
+      gap.start = next == all.begin() ? INT64_MIN : next[-1].end;
+      gap.end = next == all.end() ? INT64_MAX : next->start;
+      if (grad.start < gap.start || grad.end > gap.end) return false;
+    }
+  }
+  return true;
+}
+
 uint64_t Plan::fingerprint() const {
   uint64_t hash = 1;
   for (const Row& row : tables_.rows) {

@@ -98,6 +98,14 @@ class Plan:
     def chunks(self) -> int:
         """Chunks of the active rows."""
 
+def step_together(
+    steps: Sequence[tuple[Plan, _Groups, _State, _Numbers, Request]], threads: int
+) -> list[tuple[Found, list[int], float, bool, bool, float]]:
+    """The steps of different plans in one region.
+
+    Empty, and nothing done, where one of them is not plainly right or they share memory.
+    """
+
 def isa() -> str:
     """The instruction set in force."""
 

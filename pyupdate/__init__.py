@@ -19,6 +19,7 @@ from .build import build  # not lazily: the module of that name would take the f
 if TYPE_CHECKING:
     from . import language, optim
     from .backends import use_backend
+    from .draining import drain
     from .kernels.own import rule
     from .optim import accelerate
     from .update import averaged_weights, last_update, update_model
@@ -29,6 +30,7 @@ __all__ = [
     "accelerate",
     "averaged_weights",
     "build",
+    "drain",
     "language",
     "last_update",
     "optim",
@@ -40,6 +42,7 @@ __all__ = [
 _HOMES = {
     "accelerate": ".optim",
     "averaged_weights": ".update",
+    "drain": ".draining",
     "last_update": ".update",
     "rule": ".kernels.own",
     "update_model": ".update",

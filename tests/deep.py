@@ -20,6 +20,7 @@ OPTIMIZERS: dict[str, Make] = {
     "amsgrad": lambda p: pyupdate.optim.Adam(p, lr=0.01, amsgrad=True, weight_decay=0.1),
     "sgd": lambda p: pyupdate.optim.SGD(p, lr=0.1),
     "momentum": lambda p: pyupdate.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+    "average": lambda p: pyupdate.optim.AdamW(p, lr=0.01, ema_decay=0.9, clip_value=0.001),
     "stock": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
 optimizers = pytest.mark.parametrize("make", list(OPTIMIZERS.values()), ids=list(OPTIMIZERS))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a plan on the CPU: one parallel region a step, over a flat list of (row, chunk).
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <vector>
@@ -9,6 +10,10 @@
 #include "passes.h"
 
 namespace pyupdate::cpu {
+
+inline int64_t chunks_of(int64_t size) {
+  return std::max<int64_t>(1, (size + kChunk - 1) / kChunk);
+}
 
 // The tables of plan.h with what this back end needs beside them: the list of work and the sums.
 class Tables {
@@ -22,8 +27,9 @@ class Tables {
   // each said as Row::step is.
   void clear_rows();
   void add_row(const Row& row, const int64_t* addresses, const int64_t* scalars);
-  // The rows of another table behind these: several models updated as one plan.
-  void append(const Tables& other);
+  // The rows of another table behind these, as the rows of `member`: several models updated as one
+  // plan. The other one may be narrower; neither has averages, whose column is the last.
+  void append(const Tables& other, int64_t member);
   // Cuts the rows into work; call it after rows were added, before `run`.
   void cut();
 
@@ -82,11 +88,22 @@ struct Outcome {
   double multiplier = 1.0;
 };
 
+// One of the plans that run in one region: a norm, a multiplier and a skip of its own. What a
+// region has once (threads, apply, before_writing) is taken from the first.
+struct Member {
+  Request request;
+  size_t rows_end;  // index behind its last row in the tables
+  Outcome outcome;
+};
+
 // A number in a tensor of one element: its address, with 1 added where it is fp64 and not fp32.
 double load_scalar(int64_t tagged);
 void store_scalar(int64_t tagged, double value);
 
 Outcome run(const Passes& passes, Tables& tables, const Request& request);
+
+// Leaves the outcomes in the members; at least one.
+void run(const Passes& passes, Tables& tables, std::vector<Member>& members);
 
 // The sums of squares of the unscaled gradients (inf norm: the largest of their magnitudes), row by
 // row, for a norm over several plans.

@@ -68,6 +68,7 @@ class Part:
         self, rows: Sequence[Row], rules: Sequence[GroupRule], module: Any, averages: bool
     ) -> None:
         self.rows = rows
+        self.module = module
         self._rules = rules
         self._threads = torch.get_num_threads
         self._found = module.Found
@@ -112,6 +113,32 @@ class Part:
             self._settle(found, noticed, inputs)
             return self.step(inputs, request)
         return LastUpdate(norm if request.reduce else None, skipped, multiplier)
+
+    @staticmethod
+    def step_together(steps: Sequence[tuple[Part, Inputs, Request]]) -> list[LastUpdate] | None:
+        """Whole steps of several parts in one parallel region.
+
+        None, and nothing done, unless every one could be made right away and none writes what
+        another one reads or writes: then they are made one by one, which says what is the matter.
+        """
+        module = steps[0][0].module
+        if any(part.module is not module for part, _, _ in steps):
+            return None
+        answers = module.step_together(
+            [
+                (part._plan, inputs.groups, inputs.state, inputs.numbers, request)
+                for part, inputs, request in steps
+            ],
+            torch.get_num_threads(),
+        )
+        if not answers:
+            return None
+        return [
+            LastUpdate(norm if request.reduce else None, skipped, multiplier)
+            for (_, _, request), (_, _, norm, _, skipped, multiplier) in zip(
+                steps, answers, strict=True
+            )
+        ]
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyupdate.options import LastUpdate
 
 from . import step
+from .remembered import Remembered
 
 Scaler = torch.amp.GradScaler
 
-_named: MutableMapping[Any, list[_Names]] = WeakIdKeyDictionary()
-_plain: MutableMapping[Any, _Plain] = WeakIdKeyDictionary()
+_named: Remembered[list[_Names]] = Remembered()
+_plain: Remembered[_Plain] = Remembered()
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def name_parameters(model: nn.Module, optimizer: Any) -> None:
     if not step.has_rule(optimizer):
         return
     of = {id(param): name for name, param in model.named_parameters()}
-    alive = [names for names in _named.get(optimizer, []) if names.model() not in (None, model)]
+    alive = [names for names in _named.get(optimizer) or () if names.model() not in (None, model)]
     alive.append(_Names(weakref.ref(model), of))
     _named[optimizer] = alive
     step.set_names(optimizer, {key: name for names in alive for key, name in names.of.items()})
@@ -132,7 +132,7 @@ def ensure_named(model: nn.Module, optimizer: Any, params: Sequence[Tensor]) -> 
 
 def _has_names(model: nn.Module, optimizer: Any, params: Sequence[Tensor]) -> bool:
     """Whether the plan knows them; two lookups, not a traversal, at every step."""
-    for names in _named.get(optimizer, ()):
+    for names in _named.get(optimizer) or ():
         if names.model() is model:
             return id(params[0]) in names.of and id(params[-1]) in names.of
     return False

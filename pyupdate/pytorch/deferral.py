@@ -8,15 +8,17 @@ scaled. The records do not keep a model alive, the callables in the user's dict 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import apply, gradients
+from pyupdate.draining import Waiting
+
+from . import apply, gradients, step
+from .remembered import Remembered
 
 Deferred = MutableMapping[str, list[Callable[[], None]]]
 
@@ -31,12 +33,12 @@ class _Scale:
     value: Tensor
 
 
-_pending: MutableMapping[nn.Module, _Scale | None] = WeakIdKeyDictionary()
-_names: MutableMapping[nn.Module, str] = WeakIdKeyDictionary()
+_pending: Remembered[_Scale | None] = Remembered()
+_names: Remembered[str] = Remembered()
 _numbers = itertools.count(1)
 
 
-class DeferredUpdate:
+class DeferredUpdate(Waiting):
     """What a deferred dict holds for a model: called, it makes the step that waits, if one does."""
 
     __slots__ = ("model",)
@@ -54,19 +56,88 @@ class DeferredUpdate:
             ValueError: no optimizer is attached any more, or the scaler's scale has changed.
             RuntimeError: the scaler's own. After any failure the update still waits.
         """
-        model = self.model
-        params = gradients.trainable(model)
-        if not is_pending(model, params):
-            return
-        name = name_of(model)
-        waiting = _pending[model]
-        scaler = None if waiting is None else waiting.scaler
-        check_scale(model, name, scaler)
-        optimizer = apply.optimizer_of(model, name)
-        apply.check_holds(name, optimizer, params)
-        apply.apply(model, optimizer, params, scaler, restore=True)
-        gradients.drop(params)
-        _pending.pop(model, None)
+        due = _due(self.model)
+        if due is not None:
+            apply.apply(due.model, due.optimizer, due.params, due.scaler, restore=True)
+            due.settle()
+
+    @classmethod
+    def make_all(cls, updates: Sequence[DeferredUpdate]) -> Iterator[DeferredUpdate]:
+        """Make them in order, as many as can in one region; yield each when it was made."""
+        left = list(updates)
+        while left:
+            count, due = _leading(left)
+            made = left[:count]
+            if len(due) > 1 and _step_together(due):
+                yield from made
+            else:
+                for update in made:
+                    update()
+                    yield update
+            del left[:count]
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A step that waits, and may be made."""
+
+    model: nn.Module
+    optimizer: Any
+    params: list[nn.Parameter]
+    scaler: torch.amp.GradScaler | None
+
+    def settle(self) -> None:
+        """Drop what was waiting, because it was applied."""
+        gradients.drop(self.params)
+        _pending.pop(self.model)
+
+
+def _due(model: nn.Module) -> _Due | None:
+    """The step of a model that waits, None where none does.
+
+    Raises:
+        ValueError: it may not be made.
+    """
+    params = gradients.trainable(model)
+    if not is_pending(model, params):
+        return None
+    name = name_of(model)
+    waiting = _pending[model]
+    scaler = None if waiting is None else waiting.scaler
+    check_scale(model, name, scaler)
+    optimizer = apply.optimizer_of(model, name)
+    apply.check_holds(name, optimizer, params)
+    return _Due(model, optimizer, params, scaler)
+
+
+def _leading(updates: Sequence[DeferredUpdate]) -> tuple[int, list[_Due]]:
+    """How many of these can be made in one go, at least one, and what is due of them."""
+    due: list[_Due] = []
+    seen: set[int] = set()
+    for count, update in enumerate(updates):
+        try:
+            one = _due(update.model)
+        except (TypeError, ValueError):  # it is told so in its turn
+            return max(count, 1), due
+        if one is None:
+            continue
+        # What two of them share is stepped, and its gradient dropped, by the first.
+        ids = {id(one.optimizer), *map(id, one.params)}
+        if not step.can_join(one.optimizer) or not seen.isdisjoint(ids):
+            return max(count, 1), due
+        seen |= ids
+        due.append(one)
+    return len(updates), due
+
+
+def _step_together(due: Sequence[_Due]) -> bool:
+    for one in due:
+        apply.ensure_named(one.model, one.optimizer, one.params)
+    if not step.step_together([(one.optimizer, one.params, one.scaler) for one in due]):
+        return False
+    for one in due:
+        one.settle()
+    return True
 
 
 def name_of(model: nn.Module) -> str:
@@ -108,7 +179,7 @@ def is_pending(model: nn.Module, params: Sequence[Tensor]) -> bool:
         return False
     if any(param.grad is not None for param in params):
         return True
-    _pending.pop(model, None)
+    _pending.pop(model)
     return False
 
 
@@ -162,7 +233,7 @@ def leave(
 
 def settle(model: nn.Module, name: str, deferred: Deferred | None) -> None:
     """Forget what waited, because it was applied, and take the model's callable out of the dict."""
-    _pending.pop(model, None)
+    _pending.pop(model)
     entry = None if deferred is None else deferred.get(name)
     if not deferred or not entry:
         return

@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import apply, gradients, reentrant, step
+from .remembered import Remembered
 
 # A bucket costs a plan's step, some 50 us on the CPU: that long takes AdamW for the fewest elements
 # of a bucket. Between the two, a bucket is this part of the model.
@@ -46,7 +46,7 @@ _CHANGED = (
     "without in_backward"
 )
 
-_layouts: MutableMapping[nn.Module, _Layout] = WeakIdKeyDictionary()
+_layouts: Remembered[_Layout] = Remembered()
 
 
 def is_wanted(model: nn.Module) -> bool:

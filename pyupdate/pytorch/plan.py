@@ -103,6 +103,17 @@ class Plan:
                 return done
         return self._step_in_parts(inputs, options, request)
 
+    def joining(
+        self, options: Options, scaling: Scaling
+    ) -> tuple[cpu_backend.Part, Request] | None:
+        """What a region of several plans needs of this one; None if it must be stepped alone."""
+        if len(self.parts) != 1 or scaling.found:
+            return None
+        (part,) = self.parts
+        if not isinstance(part, cpu_backend.Part):
+            return None
+        return part, request_of(options, scaling)
+
     def _step_in_parts(self, inputs: Inputs, options: Options, request: Request) -> LastUpdate:
         fresh = [part.check(inputs) for part in self.parts]
         norm = None

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+
+from .remembered import Remembered
 
 _NODE = "CheckpointFunctionBackward"
 _MEND = "give checkpoint(..., use_reentrant=False)"
 _DEPTH = 4  # lambda -> partial -> method -> module is the deepest that is met in the wild
 
-_judged: MutableMapping[nn.Module, frozenset[int]] = WeakIdKeyDictionary()
+_judged: Remembered[frozenset[int]] = Remembered()
 
 
 def check_unreached(

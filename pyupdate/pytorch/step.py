@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from .. import amp
 from ..backends import choice
+from ..backends import cpu as cpu_backend
 from ..options import LastUpdate, Options
 from .plan import Plan
 from .request import Scaling
@@ -40,6 +42,7 @@ class Engine:
     rules: dict[str, GroupRule] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     last: LastUpdate | None = None
+    joins: tuple[Options, bool] | None = None  # whether these options let it join others
     kept: int = PLANS_KEPT
     swapped: bool = False
     """Whether the parameters hold their averages, so that no step may be made."""
@@ -112,6 +115,9 @@ def options_of(optimizer: Optimizer) -> Options:
 
 
 _PLAIN = Options()
+
+_JOINABLE = frozenset({"max_norm", "norm_type", "clip_value", "skip_nonfinite", "state_dtype"})
+"""The options that a region of several optimizers' steps knows for each."""
 
 
 def check_closure(closure: Closure | None, grad_scaler: GradScaler | None) -> None:
@@ -193,6 +199,62 @@ Raises:
     What `step` does, and what `run` does. Pieces that were stepped stay stepped.
 """
 step_in_pieces.hooked = True  # type: ignore[attr-defined]
+
+
+def can_join(optimizer: Optimizer) -> bool:
+    """Whether its step may be made in one with others': nobody runs between them."""
+    if not has_rule(optimizer) or (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    ):
+        return False
+    engine, options = engine_of(optimizer), options_of(optimizer)
+    if engine.joins is None or engine.joins[0] is not options:
+        engine.joins = (options, _JOINABLE.issuperset(options.asked_for))
+    return engine.joins[1]
+
+
+def step_together(
+    steps: Sequence[tuple[Optimizer, Collection[torch.Tensor], GradScaler | None]],
+) -> bool:
+    """Make the steps of several optimizers in one region, with the bits of one by one.
+
+    Args:
+        steps: for each an optimizer that `can_join` (a different one each), the parameters to step
+            (no one twice), and the scaler, as `step` takes them.
+
+    Returns:
+        Whether they were made. If not, nothing was done: `step` them one by one, which says why if
+        one is refused.
+    """
+    parts = []
+    engines = []
+    with ExitStack() as locks, torch.autograd.profiler.record_function("pyupdate.drain"):
+        try:
+            for optimizer, only, scaler in steps:
+                engine = engine_of(optimizer)
+                locks.enter_context(_locked(engine))
+                scaling = amp.scaling_of(scaler, optimizer)
+                rules, inputs = _read(optimizer, engine)
+                plan = _plan(engine, inputs, rules, tuple(map(id, only)))
+                joining = plan.joining(options_of(optimizer), scaling)
+                if joining is None:
+                    return False
+                parts.append((joining[0], inputs, joining[1]))
+                engines.append(engine)
+        except (TypeError, ValueError, RuntimeError):
+            return False  # whoever is refused is told so in turn
+        done = cpu_backend.Part.step_together(parts)
+        if done is None:
+            return False
+        for engine, last in zip(engines, done, strict=True):
+            engine.last = last
+    for (optimizer, _, scaler), last in zip(steps, done, strict=True):
+        amp.tell(scaler, optimizer, last)
+        _mark_stepped(optimizer)
+    return True
 
 
 @contextmanager
