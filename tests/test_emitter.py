@@ -140,10 +140,13 @@ def test_prepare_gives_the_bits_of_python_when_compiled(name, tmp_path):
     )
     rng = np.random.default_rng(62)
     for step in [1, 2, 3, 6, 999, 100_000, 2**24 + 1, 2**53 - 1]:
-        numbers = [float(step), *rng.uniform(0.0, 1.0, len(rule.numbers)).tolist()]
-        out = (ctypes.c_double * len(rule.hypers))()
+        taken = len(rule.numbers) + len(rule.counted)
+        numbers = [float(step), *rng.uniform(0.0, 1.0, taken).tolist()]
+        out = (ctypes.c_double * (len(rule.hypers) + len(rule.counted)))()
         library.prepare((ctypes.c_double * len(numbers))(*numbers), out)
-        assert all(map(same, out, rule.prepare.text(*numbers))), step
+        made = dict(zip(rule.prepare.results, rule.prepare.text(*numbers), strict=True))
+        expected = [made[name] for name in (*rule.hypers, *rule.counted)]
+        assert all(map(same, out, expected)), step
 
 
 def test_a_header_says_what_it_was_written_from(tmp_path):
