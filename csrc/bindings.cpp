@@ -347,6 +347,16 @@ std::vector<std::string> names_of_rules() {
   return names;
 }
 
+// What each stage of a rule reads and writes, as bits: parameter, gradient, then its states.
+std::vector<std::pair<unsigned, unsigned>> stages(const std::string& rule) {
+  const cpu::RuleInfo& info = passes().rules[index_of_rule(rule)];
+  std::vector<std::pair<unsigned, unsigned>> found;
+  for (int k = 0; k < info.stages; ++k) {
+    found.emplace_back(info.kernels[k][0].reads, info.kernels[k][0].writes);
+  }
+  return found;
+}
+
 py::dict build_info() {
   py::dict info;
 #ifdef PYUPDATE_COMPILER
@@ -396,5 +406,6 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   m.def("isas", &names_of_isas);
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("rules", &names_of_rules);
+  m.def("stages", &stages, py::arg("rule"));
   m.def("build_info", &build_info);
 }

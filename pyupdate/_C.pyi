@@ -118,5 +118,8 @@ def use_isa(name: str) -> None:
 def rules() -> list[str]:
     """The rules that are compiled in."""
 
+def stages(rule: str) -> list[tuple[int, int]]:
+    """What each stage of a rule reads and writes, as bits: parameter, gradient, then its states."""
+
 def build_info() -> dict[str, str]:
     """The compiler and flags of the build, and what runs its threads."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .draining import drain
     from .kernels.own import rule
     from .optim import accelerate
+    from .traffic import bytes_per_parameter
     from .update import averaged_weights, last_update, update_model
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "accelerate",
     "averaged_weights",
     "build",
+    "bytes_per_parameter",
     "drain",
     "language",
     "last_update",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "accelerate": ".optim",
     "averaged_weights": ".update",
+    "bytes_per_parameter": ".traffic",
     "drain": ".draining",
     "last_update": ".update",
     "rule": ".kernels.own",

@@ -145,9 +145,14 @@ def shows_options(function: _F) -> _F:
     return function
 
 
-@dataclass(frozen=True)
+_V = TypeVar("_V")
+
+
 class LastUpdate:
     """What the last update of an optimizer did.
+
+    The values are read from the device when they are asked for, and then kept; on a CPU they are
+    plain numbers from the beginning.
 
     Attributes:
         norm: the global norm of the unscaled gradients before clipping (the 2-norm, or that of
@@ -157,6 +162,54 @@ class LastUpdate:
         multiplier: what every gradient was multiplied by (unscale x clip by the norm).
     """
 
-    norm: float | None
-    skipped: bool
-    multiplier: float
+    __slots__ = ("_multiplier", "_norm", "_skipped")
+
+    def __init__(
+        self,
+        norm: float | Callable[[], float] | None,
+        skipped: bool | Callable[[], bool],
+        multiplier: float | Callable[[], float],
+    ) -> None:
+        """Take numbers, or functions that read them from the device."""
+        self._norm = norm
+        self._skipped = skipped
+        self._multiplier = multiplier
+
+    @property
+    def norm(self) -> float | None:
+        """Before clipping, None where nobody asked for it."""
+        self._norm = found = _read(self._norm)
+        return found
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was written."""
+        self._skipped = found = _read(self._skipped)
+        return found
+
+    @property
+    def multiplier(self) -> float:
+        """What every gradient was multiplied by."""
+        self._multiplier = found = _read(self._multiplier)
+        return found
+
+    def _values(self) -> tuple[float | None, bool, float]:
+        return self.norm, self.skipped, self.multiplier
+
+    def __repr__(self) -> str:
+        return (
+            f"LastUpdate(norm={self.norm!r}, skipped={self.skipped!r}, "
+            f"multiplier={self.multiplier!r})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LastUpdate):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+
+def _read(value: _V | Callable[[], _V]) -> _V:
+    return value() if callable(value) else value

@@ -133,7 +133,7 @@ def averaged_weights(
 def last_update(model_or_optimizer: torch.nn.Module | torch.optim.Optimizer) -> LastUpdate | None:
     """What the last update did: gradient norm, whether it was skipped, the multiplier.
 
-    The numbers are read from the device when this is called, not when the update is made.
+    Its values are read from the device when they are asked for, not when the update is made.
 
     Args:
         model_or_optimizer: a model that was updated (its ``current_optimizer`` is looked at), or an

@@ -169,14 +169,17 @@ def apply(
 
 
 def last_update(optimizer: Any) -> LastUpdate | None:
-    """What the last step of an optimizer left; the device is waited for here."""
+    """What the last step of an optimizer left; a device is waited for when a value is asked for."""
     last = step.last_step(optimizer)
     plain = _plain.get(optimizer)
     if last is not None or plain is None:
         return last
-    skipped = any(float(found) != 0.0 for found in plain.found_inf)
-    multiplier = 1.0 if plain.scale is None else 1.0 / float(plain.scale)
-    return LastUpdate(norm=None, skipped=skipped, multiplier=multiplier)
+    found_inf, scale = plain.found_inf, plain.scale
+    return LastUpdate(
+        norm=None,
+        skipped=lambda: any(float(found) != 0.0 for found in found_inf),
+        multiplier=1.0 if scale is None else lambda: 1.0 / float(scale),
+    )
 
 
 def _step_scaled(optimizer: Any, scaler: Scaler, *, restore: bool) -> None:
