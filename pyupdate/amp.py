@@ -40,7 +40,8 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
     """How the gradients that an optimizer is about to step are scaled.
 
     Without a scaler, the attributes ``grad_scale`` and ``found_inf`` that torch sets on optimizers
-    with ``_step_supports_amp_scaling`` are honoured.
+    with ``_step_supports_amp_scaling`` are honoured. With one, a ``grad_scale`` that the user has
+    set divides the gradients too, as in ``scaler.step`` around torch's fused optimizers.
 
     Raises:
         RuntimeError: the optimizer stepped already, or the scaler has scaled nothing yet.
@@ -49,11 +50,15 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
         return _scaling_of_attributes(optimizer)
     check_can_step(scaler, optimizer)
     state = _state_of(scaler, optimizer)
+    users = getattr(optimizer, "grad_scale", None)
     if state["stage"] is OptState.UNSCALED:
         found = sum(float(flag) for flag in state["found_inf_per_device"].values())
-        return Scaling(check=False, found=found != 0.0)
+        unscale = 1.0 if users is None else _reciprocal(torch.as_tensor(users))
+        return Scaling(unscale=unscale, check=False, found=found != 0.0)
     # Raises torch's error if nothing was scaled yet.
     scale, _ = scaler._check_scale_growth_tracker("step")
+    if users is not None:
+        scale = scale * users
     return Scaling(unscale=_reciprocal(scale), check=True)
 
 
