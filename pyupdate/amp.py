@@ -17,6 +17,8 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from .options import LastUpdate
 from .pytorch.request import Scaling
 
+_COUNTED = "pyupdate_counted"  # in a scaler's record of an optimizer: `count` was called
+
 
 def is_enabled(scaler: GradScaler | None) -> bool:
     """Whether there is a scaler and it scales."""
@@ -84,12 +86,45 @@ def tell(scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: La
     if scaler is None or not scaler.is_enabled():
         return
     state = _state_of(scaler, optimizer)
+    if state.pop(_COUNTED, False) and not any(
+        _COUNTED in each for each in scaler._per_optimizer_states.values()
+    ):  # micro-batches were counted since the last update(), which will now count a step
+        assert scaler._growth_tracker is not None
+        scaler._growth_tracker.add_(1)
     if state["stage"] is OptState.READY:
         scale = scaler._scale
         assert scale is not None
         found = torch.full((), float(update.skipped), dtype=torch.float32, device=scale.device)
         state["found_inf_per_device"] = {scale.device: found}
     state["stage"] = OptState.STEPPED
+
+
+def count(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+    """Record that gradients of this scale were added up and not stepped yet.
+
+    ``scaler.update()`` then has something to look at, and neither counts a good step nor changes
+    the scale: the growth counter is put back by the one that it will add.
+
+    Raises:
+        RuntimeError: the optimizer stepped already, or ``unscale_`` was called.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return
+    check_can_step(scaler, optimizer)
+    state = _state_of(scaler, optimizer)
+    if state["stage"] is OptState.UNSCALED:
+        message = (
+            "unscale_() was called before the last micro-batch of accumulation_steps: what comes "
+            "would be added scaled. Call it for the last one only, or leave it to the step"
+        )
+        raise RuntimeError(message)
+    scale, growth = scaler._check_scale_growth_tracker("step")
+    states = scaler._per_optimizer_states.values()
+    if not any(_COUNTED in each for each in states):
+        growth.sub_(1)
+    state[_COUNTED] = True
+    found = torch.zeros((), dtype=torch.float32, device=scale.device)
+    state["found_inf_per_device"] = {scale.device: found}
 
 
 def _scaling_of_attributes(optimizer: torch.optim.Optimizer) -> Scaling:

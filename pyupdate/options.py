@@ -37,6 +37,11 @@ class Options:
             state and step counts keep their bits.
         clip_value: the bound of every element of the gradient, as in torch's
             ``clip_grad_value_``, after it was unscaled and clipped by `max_norm`; None for none.
+        accumulation_steps: the step is made on the mean of so many micro-batches: gradients of that
+            many calls of `pyupdate.update_model` (or of ``optimizer.step()``, around which
+            ``zero_grad()`` then keeps them) add up in ``.grad``, and all calls but the last only
+            count. The norm, the clips and the finite check are those of the mean. Step hooks see
+            made steps only.
         ema_decay: keep an exponential moving average of every parameter, which each of its steps
             moves towards it by 1 - ema_decay (from 0 to 1; 0.999 is usual); it begins as the value
             before the first step. In float32 (float64 for float64 parameters), in
@@ -54,6 +59,7 @@ class Options:
     error_if_nonfinite: bool = False
     skip_nonfinite: bool = False
     clip_value: float | None = None
+    accumulation_steps: int = 1
     ema_decay: float | None = None
     state_dtype: torch.dtype | None = None
 
@@ -67,6 +73,13 @@ class Options:
             if not bound >= 0.0:
                 message = f"{name} must not be negative or nan, but is {bound}"
                 raise ValueError(message)
+        steps = self.accumulation_steps
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            message = f"accumulation_steps must be a whole number, not {type(steps).__name__}"
+            raise TypeError(message)
+        if steps < 1:
+            message = f"accumulation_steps must be at least 1, but is {steps}"
+            raise ValueError(message)
         if self.ema_decay is not None:
             _check_number("ema_decay", self.ema_decay, " or None")
             if not 0.0 <= self.ema_decay <= 1.0:

@@ -26,6 +26,7 @@ TAKEN: dict[str, Any] = {
     "skip_nonfinite": True,
     "clip_value": 0.5,
     "ema_decay": 0.99,
+    "accumulation_steps": 3,
     "state_dtype": torch.float32,
 }
 """A value of each option that is not its default."""
@@ -42,6 +43,10 @@ REFUSED = [
     ("clip_value", math.nan),
     ("clip_value", False),
     ("clip_value", (-1.0, 1.0)),
+    ("accumulation_steps", 0),
+    ("accumulation_steps", 2.0),
+    ("accumulation_steps", True),
+    ("accumulation_steps", None),
     ("ema_decay", -0.1),
     ("ema_decay", 1.1),
     ("ema_decay", math.nan),

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch.optim import Optimizer
 
 from ..options import options_from, shows_options
-from ..pytorch import state
+from ..pytorch import accumulation, state
 from ..pytorch import step as engine
 from .planned import DROP_INS, Planned
 
@@ -63,6 +63,8 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
     for inner, key, value in wide:
         inner[key] = value
     optimizer.__dict__["pyupdate_options"] = checked
+    for group in optimizer.param_groups:
+        group.pop(accumulation.POSITION, None)  # of a window that was open under other options
     engine.engine_of(optimizer).plans.clear()
     return optimizer
 

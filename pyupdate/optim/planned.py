@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .. import amp
 from ..kernels.language import Rule
 from ..options import PARAMETERS, LastUpdate, Options
-from ..pytorch import state
+from ..pytorch import accumulation, state
 from ..pytorch import step as engine
 from ..pytorch.rows import Group, OptimizerRow
 
@@ -94,9 +94,35 @@ class Planned(Optimizer):
             TypeError, ValueError: something is refused; nothing was written.
             RuntimeError: a second step before ``scaler.update()``.
         """
+        differentiable = any(group.get("differentiable", False) for group in self.param_groups)
+        window = None if differentiable else accumulation.window_of(self)
+        if window is not None:
+            return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
+        given: dict[str, Any] = {} if grad_scaler is None else {"grad_scaler": grad_scaler}
+        return self._whole_step(*(() if closure is None else (closure,)), **given)
+
+    step.hooked = True  # type: ignore[attr-defined] # torch would run the hooks of every micro-batch
+
+    @Optimizer.profile_hook_step
+    def _whole_step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scaler: GradScaler | None = None,
+    ) -> Any:
+        """A step that is made, not only counted: the hooks and schedulers see these."""
         if any(group.get("differentiable", False) for group in self.param_groups):
             return self._differentiable_step(closure, grad_scaler)
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; inside a window of ``accumulation_steps`` they are kept.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        if not any(group.get(accumulation.POSITION) for group in self.param_groups):
+            super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, of this class or of torch's.
@@ -124,9 +150,6 @@ class Planned(Optimizer):
         loss = None if found else _stock_step(self)(self, closure)
         amp.tell(scaler, self, LastUpdate(None, skipped=found, multiplier=1.0))
         return loss
-
-    step = Optimizer.profile_hook_step(step)
-    step.hooked = True  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import OptState
 
 from pyupdate.options import LastUpdate
 
-from . import step
+from . import accumulation, step
 from .remembered import Remembered
 
 Scaler = torch.amp.GradScaler
@@ -158,7 +158,9 @@ def apply(
     """
     if step.has_rule(optimizer):
         ensure_named(model, optimizer, params)
-        step.step(optimizer, grad_scaler=scaler, only=params)
+        window = accumulation.window_of(optimizer, params)
+        with nullcontext() if window is None else window.mean():
+            step.step(optimizer, grad_scaler=scaler, only=params)
         return
     with _others_set_aside(optimizer, params):
         if scaler is None:

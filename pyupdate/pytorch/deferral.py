@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyupdate.draining import Waiting
 
-from . import apply, gradients, step
+from . import accumulation, apply, gradients, step
 from .remembered import Remembered
 
 Deferred = MutableMapping[str, list[Callable[[], None]]]
@@ -107,6 +107,11 @@ def _due(model: nn.Module) -> _Due | None:
     check_scale(model, name, scaler)
     optimizer = apply.optimizer_of(model, name)
     apply.check_holds(name, optimizer, params)
+    window = accumulation.window_of(optimizer, params)
+    if window is not None and not window.is_full:  # its gradients wait for more of them
+        window.count(scaler)
+        _pending.pop(model)
+        return None
     return _Due(model, optimizer, params, scaler)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class Engine:
     last: LastUpdate | None = None
     joins: tuple[Options, bool] | None = None  # whether these options let it join others
     kept: int = PLANS_KEPT
+    micro_batches: int = 1
+    """Of how many the next step takes the mean."""
+    window_scale: Any = ...
+    """The scale of an open window's gradients, None without a scaler; ... where nobody knows."""
     swapped: bool = False
     """Whether the parameters hold their averages, so that no step may be made."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -145,6 +149,8 @@ def _planned_step(
             loss = closure()
     engine = engine_of(optimizer)
     scaling = amp.scaling_of(grad_scaler, optimizer)
+    if engine.micro_batches > 1:
+        scaling = replace(scaling, unscale=scaling.unscale / engine.micro_batches)
     with _locked(engine):
         rules, inputs = _read(optimizer, engine)
         engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyupdate import amp
 
-from . import apply, deferral, gradients, in_backward, reentrant
+from . import accumulation, apply, deferral, gradients, in_backward, reentrant
 
 
 def update(
@@ -49,22 +49,39 @@ def update(
         deferral.settle(model, name, deferred)
         return
 
+    window = accumulation.window_of(optimizer, params)
     aside = gradients.set_aside(params)
+    before = 0
+    if window is not None:
+        if not gradients.any_of(aside):  # somebody's zero_grad() has withdrawn the window
+            window.position = 0
+        before = window.position
     try:
+        if window is not None:
+            window.check_scale(scaler)
+            before = window.position
         gradients.backward(name, loss, params, scaler, retain_graph)
         unreached = gradients.add(name, params, aside)
         if unreached:
             reentrant.check_unreached(model, name, loss, params, unreached)
-        if not defer:
+        if window is not None:
+            window.position = before + 1
+            if not window.is_full and not defer:
+                window.count(scaler)
+        waits = defer or (window is not None and not window.is_full)
+        if not waits:
             apply.apply(model, optimizer, params, scaler, restore=False)
     except BaseException:
         gradients.put_back(params, aside)
+        if window is not None and window.position:  # 0: check_scale has given it up
+            window.position = before
         raise
     if defer:
         assert deferred is not None  # check_deferred
         deferral.leave(model, name, scaler, deferred)
         return
-    gradients.drop(params)
+    if not waits:
+        gradients.drop(params)
     deferral.settle(model, name, deferred)
 
 

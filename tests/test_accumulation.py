@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``accumulation_steps``: one step on the mean of k micro-batches, in every way a step is made."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bits import array_of, assert_same_bits, oracle_steps, random_values
+from cases import FULL, Case
+from test_scaler import ADAMW, MOMENTUM, SCALE, scaler_of
+from torch import nn
+from training import batch, loss_of, network
+from ways import optimizer_of, ways
+
+import pyupdate
+from pyupdate.kernels.rules import multiplier
+from pyupdate.pytorch.accumulation import POSITION
+from pyupdate.pytorch.step import engine_of, last_step
+
+K = 3
+cases = pytest.mark.parametrize("case", [ADAMW, MOMENTUM], ids=str)
+
+
+def close(model: nn.Module, truth: nn.Module) -> None:
+    for param, other in zip(model.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-12, atol=1e-14)
+
+
+def pair(case: Case, way: str = "ours", **options: Any) -> tuple[Any, Any, Any]:
+    """A model with an accumulating optimizer, and its twin with torch's."""
+    model: Any = network()
+    twin = copy.deepcopy(model)
+    options = {"accumulation_steps": K} | options
+    model.current_optimizer = optimizer_of(way, case, model.parameters(), **options)
+    model.model_name = "net"
+    return model, twin, case.truth(list(twin.parameters()))
+
+
+def torchs_window(twin: nn.Module, other: Any, seeds: range, max_norm: float | None) -> None:
+    other.zero_grad()
+    for seed in seeds:
+        (loss_of(twin, seed).mean() / len(seeds)).backward()
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), max_norm)
+    other.step()
+
+
+# ----- the mean -----------------------------------------------------------------------------------
+
+
+@cases
+@ways
+@pytest.mark.parametrize("max_norm", [None, 0.01], ids=["plain", "max_norm"])
+@pytest.mark.parametrize("retain", [True, False], ids=["retain", "free"])
+def test_update_model_steps_once_a_window(case: Case, way, max_norm, retain, backend):
+    model, twin, other = pair(case, way, max_norm=max_norm)
+    hooked: list[int] = []
+    model.current_optimizer.register_step_pre_hook(lambda *_: hooked.append(1))
+    for turn in range(4 * K):
+        before = [param.detach().clone() for param in model.parameters()]
+        pyupdate.update_model(model, loss_of(model, turn), retain_graph=retain)
+        last = (turn + 1) % K == 0
+        assert all((p.grad is None) == last for p in model.parameters())
+        assert len(hooked) == (turn + 1) // K
+        if last:
+            torchs_window(twin, other, range(turn + 1 - K, turn + 1), max_norm)
+        else:
+            assert all(map(torch.equal, model.parameters(), before))
+        close(model, twin)
+
+
+@cases
+@ways
+@pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
+def test_a_loop_of_ones_own(case: Case, way, closure, backend):
+    model, twin, other = pair(case, way, max_norm=0.02)
+    optimizer = model.current_optimizer
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    others = torch.optim.lr_scheduler.StepLR(other, 1, gamma=0.5)
+    hooked: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: hooked.append(1))
+    for turn in range(3 * K):
+
+        def evaluate(turn: int = turn) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, turn).mean()
+            loss.backward()
+            return loss
+
+        if closure:
+            expected = loss_of(model, turn).mean().detach()
+            assert torch.equal(optimizer.step(evaluate).detach(), expected)
+        else:
+            evaluate()
+            optimizer.step()
+        if (turn + 1) % K == 0:
+            scheduler.step()
+            torchs_window(twin, other, range(turn + 1 - K, turn + 1), 0.02)
+            others.step()
+        assert len(hooked) == (turn + 1) // K
+        close(model, twin)
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in model.parameters())
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_to_the_bit(case: Case, backend):
+    # 1 / k is a part of the one multiplier: the norm is that of the mean, and nothing is rounded
+    # but the sum of the gradients, which is torch's.
+    rng = np.random.default_rng(81)
+    start = random_values(rng, 5000, torch.float32)
+    parts = [[random_values(rng, 5000, torch.float32) for _ in range(K)] for _ in range(2)]
+    param = nn.Parameter(start.clone())
+    optimizer = case.ours([param], accumulation_steps=K, max_norm=0.5)
+    sums, clips = [], []
+    for window in parts:
+        param.grad = None
+        for part in window:
+            param.grad = part.clone() if param.grad is None else param.grad + part
+            optimizer.step()
+        last = last_step(optimizer)
+        assert last is not None
+        assert last.norm is not None
+        mean = param.grad.double() / K
+        assert last.norm == pytest.approx(float(mean.norm()), rel=1e-6)
+        sums.append(array_of(param.grad))
+        clips.append(multiplier(last.norm, 1.0 / K, 0.5))
+        assert last.multiplier == clips[-1]
+    truth, _ = oracle_steps(case, array_of(start), sums, clips)
+    assert_same_bits(param, truth, "parameter")
+
+
+# ----- with a scaler ------------------------------------------------------------------------------
+
+
+@cases
+@pytest.mark.parametrize("often", [True, False], ids=["update each time", "update once a window"])
+@pytest.mark.parametrize("by", ["update_model", "step"])
+def test_a_scaler_counts_windows(case: Case, often, by, backend):
+    if by == "step" and not often:
+        pytest.skip("torch refuses a second scaler.step before scaler.update")
+    options = {"growth_interval": 2, "growth_factor": 2.0, "backoff_factor": 0.5}
+    scaler, expected = scaler_of(**options), scaler_of(**options)
+    model, twin, other = pair(case, max_norm=0.05)
+    scales = []
+    for turn in range(8 * K):
+        loss = loss_of(model, turn)
+        if turn == 4 * K + 1:
+            loss = loss * math.inf
+        if by == "update_model":
+            pyupdate.update_model(model, loss, scaler=scaler)
+        else:
+            model.current_optimizer.zero_grad()
+            scaler.scale(loss.mean()).backward()
+            scaler.step(model.current_optimizer)
+        last = (turn + 1) % K == 0
+        if often or last:
+            scaler.update()
+        if last:
+            other.zero_grad()
+            for seed in range(turn + 1 - K, turn + 1):
+                theirs = loss_of(twin, seed).mean() / K
+                expected.scale(theirs * math.inf if seed == 4 * K + 1 else theirs).backward()
+            expected.unscale_(other)
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+            expected.step(other)
+            expected.update()
+        assert scaler.get_scale() == expected.get_scale(), turn
+        assert int(scaler._growth_tracker) == int(expected._growth_tracker) or not (last or often)
+        scales.append(scaler.get_scale())
+        for param, twins in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(param, twins, rtol=1e-6, atol=1e-9)
+    assert len(set(scales)) > 2
+
+
+def test_a_scale_that_changes_in_a_window_is_refused(backend):
+    model, _, _ = pair(ADAMW)
+    scaler = scaler_of()
+    pyupdate.update_model(model, loss_of(model, 0), scaler=scaler)
+    grads = [param.grad for param in model.parameters()]
+    scaler.update(2.0 * SCALE)
+    with pytest.raises(ValueError, match=r"changed from 128\.0 to 256\.0 inside a window"):
+        pyupdate.update_model(model, loss_of(model, 1), scaler=scaler)
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    model.current_optimizer.zero_grad()  # the window was given up, so this drops them
+    assert all(param.grad is None for param in model.parameters())
+    for turn in range(K):
+        pyupdate.update_model(model, loss_of(model, turn), scaler=scaler)
+        scaler.update()
+    assert last_step(model.current_optimizer) is not None
+    pyupdate.update_model(model, loss_of(model, 0), scaler=scaler)
+    with pytest.raises(ValueError, match=r"changed from 256\.0 to None"):
+        pyupdate.update_model(model, loss_of(model, 1))
+
+
+def test_unscale_before_the_last_micro_batch_is_refused(backend):
+    model, _, _ = pair(ADAMW)
+    scaler = scaler_of()
+    scaler.scale(loss_of(model, 0).mean()).backward()
+    scaler.unscale_(model.current_optimizer)
+    with pytest.raises(RuntimeError, match="before the last micro-batch of accumulation_steps"):
+        scaler.step(model.current_optimizer)
+
+
+# ----- deferred, failing, withdrawn, saved --------------------------------------------------------
+
+
+@pytest.mark.parametrize("drain", ["each time", "once"])
+def test_deferred_micro_batches(drain, backend):
+    model, twin, other = pair(MOMENTUM)
+    waiting: dict[str, Any] = {}
+    for turn in range(2 * K):
+        before = [param.detach().clone() for param in model.parameters()]
+        pyupdate.update_model(model, loss_of(model, turn), defer=True, deferred=waiting)
+        assert all(map(torch.equal, model.parameters(), before))
+        if drain == "each time" or (turn + 1) % K == 0:
+            pyupdate.drain(waiting)
+            assert not waiting
+        if (turn + 1) % K == 0:
+            torchs_window(twin, other, range(turn + 1 - K, turn + 1), None)
+        close(model, twin)
+
+
+def test_what_fails_does_not_count(backend):
+    model, twin, other = pair(ADAMW, max_norm=1.0, error_if_nonfinite=True)
+
+    def fails(loss: torch.Tensor, error: type[Exception], words: str) -> None:
+        grads = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+        position = model.current_optimizer.param_groups[0].get(POSITION)
+        with pytest.raises(error, match=words):
+            pyupdate.update_model(model, loss)
+        assert model.current_optimizer.param_groups[0].get(POSITION) == position
+        for param, (grad, value) in zip(model.parameters(), grads, strict=True):
+            assert param.grad is grad
+            assert grad is None or torch.equal(grad, value)
+
+    for turn in range(K):
+        fails(torch.zeros(()), ValueError, "does not require gradients")
+        if turn == K - 1:
+            fails(loss_of(model, turn) * math.inf, RuntimeError, "non-finite")
+        pyupdate.update_model(model, loss_of(model, turn))
+    torchs_window(twin, other, range(K), 1.0)
+    close(model, twin)
+
+
+def test_the_models_zero_grad_withdraws_a_window(backend):
+    model, twin, other = pair(ADAMW)
+    pyupdate.update_model(model, loss_of(model, 7))
+    model.zero_grad()
+    for turn in range(K):
+        pyupdate.update_model(model, loss_of(model, turn))
+    torchs_window(twin, other, range(K), None)
+    close(model, twin)
+
+
+def test_a_state_dict_carries_the_position(backend):
+    model, twin, other = pair(ADAMW)
+    optimizer = model.current_optimizer
+    assert POSITION not in optimizer.state_dict()["param_groups"][0]
+    pyupdate.update_model(model, loss_of(model, 0))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"][0][POSITION] == 1
+    resumed: Any = copy.deepcopy(network())
+    resumed.model_name = "net"
+    resumed.current_optimizer = ADAMW.ours(resumed.parameters(), accumulation_steps=K)
+    resumed.current_optimizer.load_state_dict(saved)
+    for param, old in zip(resumed.parameters(), model.parameters(), strict=True):
+        param.grad = old.grad.clone()
+    for turn in range(1, K):
+        pyupdate.update_model(resumed, loss_of(resumed, turn))
+    torchs_window(twin, other, range(K), None)
+    close(resumed, twin)
+    assert POSITION not in resumed.current_optimizer.state_dict()["param_groups"][0]
+    pyupdate.accelerate(optimizer)  # other options: no window any more
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_models_that_share_a_group_are_refused_and_groups_of_their_own_are_fine(backend):
+    first, second = network(1), network(2)
+    together = [*first.parameters(), *second.parameters()]
+    shared = pyupdate.optim.SGD(together, lr=0.1, accumulation_steps=K)
+    first.current_optimizer = shared  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="holds trainable parameters of other models"):
+        pyupdate.update_model(first, loss_of(first, 0))
+    groups = [{"params": list(first.parameters())}, {"params": list(second.parameters())}]
+    both: Any = pyupdate.optim.SGD(groups, lr=0.1, accumulation_steps=2)
+    for model in (first, second):
+        model.current_optimizer = both
+    start = second[0].weight.detach().clone()
+    pyupdate.update_model(first, loss_of(first, 0))
+    pyupdate.update_model(second, loss_of(second, 0))
+    pyupdate.update_model(first, loss_of(first, 1))
+    assert [group.get(POSITION) for group in both.param_groups] == [None, 1]
+    assert torch.equal(second[0].weight, start)
+    assert second[0].weight.grad is not None
+
+
+def test_a_scheduler_warns_until_a_step_was_made(backend):
+    model, _, _ = pair(ADAMW)
+    optimizer = model.current_optimizer
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    model(batch(0)).mean().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before"):
+        scheduler.step()
+    assert engine_of(optimizer).last is None
