@@ -13,11 +13,9 @@ the build folder, loaded once in another process, and put in its place by one re
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -29,22 +27,12 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-# Folders of the repository that the package holds by a symbolic link.
-LINKS = ("pyupdate/csrc", "pyupdate/kernels")
-# CMake finds one of these by itself; named here so that their absence is a reason in plain words.
-COMPILERS = ("c++", "g++", "clang++", "icpx", "nvc++")
-# Loads a module by its path, as a user's process will, and shows what is compiled into it.
-TRY_IT = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("pyupdate._C", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print(json.dumps(module.build_info()))
-"""
+sys.path.insert(0, str(ROOT))  # an isolated build does not look here
+from pyupdate import native  # noqa: E402
+from pyupdate.native import BuildFailedError  # noqa: E402
 
-
-class BuildFailedError(Exception):
-    """The compiled module could not be built; the text is the reason."""
+# What the package holds by a symbolic link to the repository.
+LINKS = ("pyupdate/CMakeLists.txt", "pyupdate/csrc", "pyupdate/kernels")
 
 
 class BuildExtension(build_ext):
@@ -77,35 +65,16 @@ class BuildExtension(build_ext):
 
     def build(self, file_name: str) -> tuple[Path, dict[str, str]]:
         """Run CMake and try the module; returns its path and what is recorded of the build."""
-        cmake = tool("cmake", "CMAKE_BIN_DIR")
-        if cmake is None:
-            raise BuildFailedError("cmake was not found (pip install cmake)")
-        if importlib.util.find_spec("pybind11") is None:
-            raise BuildFailedError("pybind11 was not found (pip install pybind11)")
-        if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
-            names = ", ".join(COMPILERS)
-            raise BuildFailedError(
-                f"no C++ compiler was found (CXX is not set; no {names} on PATH)"
-            )
-        configure = [
-            *(cmake, "-S", str(ROOT)),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DPYUPDATE_WERROR={'ON' if wanted('PYUPDATE_WERROR') else 'OFF'}",
-        ]
-        ninja = tool("ninja", "BIN_DIR")
-        if ninja is not None:
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # Emptied first: CMake keeps the compiler and the tools that it once found, and those may be
         # gone, as the tools of pip's isolated builds are, or not be what the environment asks for.
         folder = Path(self.build_temp, "cmake").resolve()
         shutil.rmtree(folder, ignore_errors=True)
-        execute([*configure, "-B", str(folder)])
-        execute([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
-        built = folder / file_name
-        if not built.exists():
-            raise BuildFailedError(f"the build made no {file_name}")
-        info = json.loads(execute([sys.executable, "-c", TRY_IT, str(built)]).splitlines()[-1])
-        version = execute([cmake, "--version"]).split("\n", 1)[0]
+        werror = "ON" if wanted("PYUPDATE_WERROR") else "OFF"
+        built = native.build(ROOT, folder, "_C", {"PYUPDATE_WERROR": werror})
+        if built.name != file_name:
+            raise BuildFailedError(f"the build made {built.name}, not {file_name}")
+        info = native.try_module("pyupdate._C", built)
+        version = native.cmake_version() or ""
         return built, {"compiler": info["compiler"], "flags": info["flags"], "cmake": version}
 
     def get_source_files(self) -> list[str]:
@@ -141,48 +110,14 @@ class SourceArchive(sdist):
         behind = tuple(f"{link}/" for link in LINKS)
         super().make_release_tree(base_dir, [f for f in files if not f.startswith(behind)])
         for link in LINKS:
-            Path(base_dir, link).symlink_to((ROOT / link).readlink(), target_is_directory=True)
+            place = Path(base_dir, link)
+            place.unlink(missing_ok=True)
+            place.symlink_to((ROOT / link).readlink(), target_is_directory=(ROOT / link).is_dir())
 
 
 def wanted(variable: str) -> bool:
     """Whether an environment variable asks for something."""
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "no", "off", "false")
-
-
-def tool(name: str, folder: str) -> str | None:
-    """A build tool: the package of that name if this Python has it, else the one on PATH."""
-    try:
-        package = __import__(name)
-    except ImportError:
-        return shutil.which(name)
-    return shutil.which(name, path=getattr(package, folder)) or shutil.which(name)
-
-
-def execute(command: list[str]) -> str:
-    """The stdout of a command that must succeed; a failed one's output goes to stderr."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    if done.returncode == 0:
-        return done.stdout
-    sys.stderr.write(done.stdout)
-    name = Path(command[0]).name
-    raise BuildFailedError(f"{name} failed with exit code {done.returncode}: {gist(done.stdout)}")
-
-
-def gist(output: str) -> str:
-    """The few lines of a failed tool's output that say what was wrong."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for number, line in enumerate(lines):
-        if line.startswith("CMake Error"):  # only says where in CMake's own files; what, is below
-            lines = lines[number + 1 :]
-            break
-        if "error:" in line:
-            lines = lines[number:]
-            break
-    else:
-        lines = lines[-3:]
-    return " ".join(lines[:3])[:500] or "no output"
 
 
 def write_record(path: Path, *, reason: str | None, **build: str) -> None:

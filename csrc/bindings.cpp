@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -357,6 +358,14 @@ std::vector<std::pair<unsigned, unsigned>> stages(const std::string& rule) {
   return found;
 }
 
+std::map<std::string, std::string> digests_of_rules() {
+  std::map<std::string, std::string> digests;
+  for (int i = 0; i < passes().rule_count; ++i) {
+    digests.emplace(passes().rules[i].name, passes().rules[i].digest);
+  }
+  return digests;
+}
+
 py::dict build_info() {
   py::dict info;
 #ifdef PYUPDATE_COMPILER
@@ -407,5 +416,6 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("rules", &names_of_rules);
   m.def("stages", &stages, py::arg("rule"));
+  m.def("digests", &digests_of_rules);
   m.def("build_info", &build_info);
 }

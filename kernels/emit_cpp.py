@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from . import rules as shipped
-from .language import PRIMITIVES, Function, Rule, Stage, analyse
+from .language import PRIMITIVES, Function, Rule, RuleError, Stage, analyse
 
 _OPERATORS = {
     ast.Add: "+",
@@ -200,6 +201,7 @@ def _rule(rule: Rule) -> str:
     names = ", ".join(f"stage{i}" for i in range(len(rule.stages)))
     return f"""struct {rule.name} {{
   static constexpr const char* kName = "{rule.name}";
+  static constexpr const char* kDigest = "{rule.digest}";
   static constexpr int kStates = {len(rule.state)};
   static constexpr int kScalars = {len(rule.scalars)};  // {", ".join(rule.scalars)}
   static constexpr int kCounted = {len(rule.counted)};  // those that prepare advances, first
@@ -307,13 +309,38 @@ def _reduction(function: Function, join: Function | None = None) -> str:
 
 
 def load_rules(path: Path) -> Mapping[str, Rule]:
-    """The RULES of a module file that was named explicitly, for the build."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    """The rules of a module file that was named explicitly, for the build.
+
+    They are its RULES where it has such a dict, else every rule that it makes.
+
+    Raises:
+        RuleError: a rule is not in the language, there is none, or two have one name.
+    """
+    name = f"pyupdate_rules_of_{path.stem}"  # hides no module that the file may import
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Mapping[str, Rule] = module.RULES
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    beside = str(path.parent)
+    sys.path.insert(0, beside)  # as for `python my_rules.py`: it may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(beside)
+    if hasattr(module, "RULES"):
+        listed: Mapping[str, Rule] = module.RULES
+        return listed
+    found: dict[str, Rule] = {}
+    made = [value for value in vars(module).values() if isinstance(value, Rule)]
+    for rule in made:
+        if rule.stages[-1].function.text.__module__ != name:
+            continue  # imported from elsewhere
+        if found.setdefault(rule.name, rule) is not rule:
+            message = f"{path}: two rules are named '{rule.name}': rename one of them"
+            raise RuleError(message)
+    if not found:
+        message = f"{path}: there is no rule in it: decorate a function with pyupdate.rule"
+        raise RuleError(message)
     return found
 
 

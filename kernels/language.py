@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from .digest import digest_of
 from .grammar import (
     PRIMITIVES,
     Function,
@@ -144,6 +146,15 @@ class Rule:
             {name: named[name] for name in self.hypers},
             {name: named[name] for name in self.counted},
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """What its text comes to: compiled code of another digest is of another rule."""
+        functions = [self.prepare]
+        for stage in self.stages:
+            functions += [stage.function, *([] if stage.turn is None else [stage.turn])]
+        names = (self.elements, self.scalars, self.counted, self.numbers, self.hypers)
+        return digest_of(names, functions)
 
     @property
     def elements(self) -> tuple[str, ...]:

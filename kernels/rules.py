@@ -10,8 +10,10 @@ from __future__ import annotations
 from .families.adagrad import adadelta, adagrad
 from .families.adam import adam, adam_amsgrad, adamw, adamw_amsgrad
 from .families.adam_like import adamax, radam
+from .families.averaged import asgd, schedulefree_adamw
 from .families.layerwise import lamb, lars, lars_momentum, novograd, stable_adamw
 from .families.lion import lion
+from .families.nadam import nadam
 from .families.resilient import rprop
 from .families.rmsprop import (
     rmsprop,
@@ -30,7 +32,7 @@ RULES = {
         *(adam, adam_amsgrad, adamw, adamw_amsgrad),
         *(rmsprop, rmsprop_momentum, rmsprop_centered, rmsprop_centered_momentum),
         *(adagrad, adadelta, adamax, radam),
-        rprop,
+        *(nadam, rprop, asgd, schedulefree_adamw),
         *(lion, ademamix, adopt, adan),
         *(lars, lars_momentum, lamb, novograd, stable_adamw),
     )

@@ -121,5 +121,8 @@ def rules() -> list[str]:
 def stages(rule: str) -> list[tuple[int, int]]:
     """What each stage of a rule reads and writes, as bits: parameter, gradient, then its states."""
 
+def digests() -> dict[str, str]:
+    """Rule -> `Rule.digest` of the text that it was compiled from."""
+
 def build_info() -> dict[str, str]:
     """The compiler and flags of the build, and what runs its threads."""

@@ -110,6 +110,14 @@ def _rprop(name: str, *, full: bool = False, **options: Any) -> Case:
     return Case(name, torch.optim.Rprop, {"lr": 2.0**-8, **options}, full)
 
 
+def _nadam(name: str, *, full: bool = False, **options: Any) -> Case:
+    return Case(name, torch.optim.NAdam, {"lr": 0.003, **options}, full)
+
+
+def _asgd(name: str, *, full: bool = False, **options: Any) -> Case:
+    return Case(name, torch.optim.ASGD, {"lr": 0.01, **options}, full)
+
+
 CASES = (
     _sgd("sgd"),
     _sgd("sgd", weight_decay=0.1),
@@ -129,6 +137,10 @@ CASES = (
     _adamw("adamw", weight_decay=0.0, eps=0.0),
     _adamw("adamw_amsgrad", full=True, amsgrad=True),
     _adamw("adamw_amsgrad", amsgrad=True, weight_decay=0.2, maximize=True),
+    _nadam("nadam", full=True, weight_decay=0.1),
+    _nadam("nadam", weight_decay=0.1, decoupled_weight_decay=True, maximize=True),
+    _asgd("asgd", full=True, weight_decay=0.1, lambd=0.01),
+    _asgd("asgd", t0=3.0, alpha=0.5, maximize=True),
     _rmsprop("rmsprop"),
     _rmsprop("rmsprop", full=True, alpha=0.9, weight_decay=0.1, maximize=True),
     _rmsprop("rmsprop_momentum", momentum=0.9),
@@ -260,6 +272,26 @@ HANDS = (
         (2.0, 0.0),
         (0.5, 0.375 - 1 / 3 / ((16 / 7) ** 0.5 + 2)),
         {"exp_avg": 0.5, "exp_avg_sq": 0.75, "max_exp_avg_sq": 1.0},
+    ),
+    # step 1: eta is still lr: p = 1 (1 - 2 * 0.5) - 0.5 * 2 = -1, and mu is 1: the average is p;
+    #         eta = 0.5 / (1 + 2 * 0.5 * 1) = 0.25, mu = 1 / max(1, 1 + 1) = 0.5
+    # step 2: p = -1 (1 - 0.5) - 0.25 * -1 = -0.25, ax = -1 + (-0.25 + 1) / 2
+    Hand(
+        _asgd("asgd", lr=0.5, lambd=2.0, alpha=1.0, t0=-1.0),
+        1.0,
+        (2.0, -1.0),
+        (-1.0, -0.25),
+        {"ax": -0.625},
+    ),
+    # step 1: mu_1 = 0.5 (1 - 0.5) = 0.25 with psi 0 (0.96^0 = 1), so M_1 = 0.25, M_2 = 0.0625
+    #         m = 0.5 * 2 = 1, v = 0.25 * 4 = 1, sqrt(v / 0.25) + 2 = 4
+    #         p = 1 - 0.5 (0.75 / 0.75 * 2 + 0.25 / 0.9375 * 1) / 4
+    Hand(
+        _nadam("nadam", **_betas, momentum_decay=0.0),
+        1.0,
+        (2.0,),
+        (1.0 - 0.5 * (2.0 + 4 / 15) / 4.0,),
+        {"exp_avg": 1.0, "exp_avg_sq": 1.0},
     ),
     # v = 0.25 * 16 = 4: p = 1 - 0.5 * 4 / (2 + 2) = 0.5
     # v = 0.75 * 4 + 0.25 * 4 = 4: p = 0.5 - 0.5 * 2 / 4 = 0.25

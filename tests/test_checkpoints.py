@@ -17,6 +17,9 @@ from test_optim import ADAMW, SIZES, assert_alike, params_of, params_values, tra
 from test_oracle import bounds, gradient, sizes
 from ways import optimizer_of, ways
 
+import pyupdate
+
+pytestmark = pytest.mark.usefixtures("wide_scalars")
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 
 
@@ -91,6 +94,9 @@ def test_state_dicts_go_to_torch_and_back_at_every_step(case: Case, dtype, flags
             for key, value in expected.items():
                 if key == "step":
                     assert found[key] == value == turn + 1
+                    continue
+                if key in case.rule.scalars:
+                    assert found[key] == pytest.approx(value, rel=4 * eps)
                     continue
                 allowed = bounds(key, value, of, eps)
                 assert (np.abs(found[key] - value) <= allowed).all(), f"step {turn}, {key}"
@@ -168,3 +174,28 @@ def test_amsgrad_switched_in_mid_training(name, way, backend):
         each.param_groups[0]["amsgrad"] = False
         train(each, range(4, 6))
     assert_alike(optimizer, truth)
+
+
+def test_a_scalar_that_torch_has_loaded_into_half_goes_on(backend):
+    # torch casts mu_product to the parameter's type on load; pyupdate's own classes do not.
+    def made(kind: Any) -> tuple[torch.nn.Parameter, Any]:
+        param = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+        return param, kind([param])
+
+    first, stock = made(torch.optim.NAdam)
+    first.grad = torch.ones_like(first)
+    stock.step()
+    saved = copy.deepcopy(stock.state_dict())
+    param, loaded = made(torch.optim.NAdam)
+    loaded.load_state_dict(copy.deepcopy(saved))
+    narrow = float(loaded.state[param]["mu_product"])
+    assert loaded.state[param]["mu_product"].dtype is torch.bfloat16
+    param.grad = torch.zeros_like(param)
+    pyupdate.accelerate(loaded).step()
+    product = loaded.state[param]["mu_product"]
+    assert product.dtype is torch.float32
+    assert float(product) == pytest.approx(narrow * 0.9 * (1 - 0.5 * 0.96 ** (2 * 0.004)), rel=1e-6)
+    param, ours = made(pyupdate.optim.NAdam)
+    ours.load_state_dict(saved)
+    assert ours.state[param]["mu_product"].dtype is torch.float32
+    assert ours.state[param]["mu_product"] == stock.state[first]["mu_product"]

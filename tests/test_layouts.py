@@ -114,8 +114,8 @@ class Roles:
         found = self.parameter.detach().contiguous().reshape(-1)
         assert_same_bits(found, param, f"{what} {self.name}")
         for key, value in state.items():
-            kept = optimizer.state[self.parameter][key].contiguous().reshape(-1)
-            assert_same_bits(kept, value, f"{what} {self.name} {key}")
+            kept = optimizer.state[self.parameter][key].contiguous()
+            assert_same_bits(kept.reshape(value.shape), value, f"{what} {self.name} {key}")
         self.param.assert_neighbours_untouched(f"{what} {self.name}")
         for other in self.others:
             other.assert_neighbours_untouched(f"{what} {self.name}: gradient or state")

@@ -58,7 +58,7 @@ def _step_between_guards(case: Case, dtype: torch.dtype, offset: int) -> None:
         if turn == 1:
             for param in params:
                 for key, value in optimizer.state[param].items():
-                    everything.append(held(value, offset=0 if key == "step" else offset))
+                    everything.append(held(value, offset=offset if value.dim() else 0))
                     optimizer.state[param][key] = everything[-1].tensor
     for i, place in enumerate(everything):
         place.assert_neighbours_untouched(f"buffer {i}")

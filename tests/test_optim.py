@@ -22,6 +22,7 @@ from ways import optimizer_of, ways
 
 import pyupdate
 
+pytestmark = pytest.mark.usefixtures("wide_scalars")
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 ADAMW = next(case for case in FULL if case.name == "adamw")
 MOMENTUM = next(case for case in FULL if case.name == "sgd_momentum")

@@ -164,6 +164,7 @@ constexpr RuleInfo rule_info(List<Stage...>) {
   static_assert(sizeof...(Stage) <= kMaxStages && Rule::kPerTensor <= kMaxPerTensor);
   static_assert(((Stage::kSums <= kMaxSums) && ...));
   RuleInfo info{Rule::kName,
+                Rule::kDigest,
                 Rule::kStates,
                 Rule::kScalars,
                 Rule::kCounted,

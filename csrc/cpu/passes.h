@@ -47,6 +47,7 @@ struct StorageInfo {
 
 struct RuleInfo {
   const char* name;
+  const char* digest;  // of the text that it was compiled from
   int states, scalars, counted, numbers, hypers, per_tensor, stages;
   // Takes the step count, the group's numbers and the counted scalars; leaves the hypers and the
   // scalars' new values.

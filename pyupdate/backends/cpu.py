@@ -11,6 +11,8 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ..kernels.language import Rule
+from ..kernels.rules import RULES
+from ..native import passes_digest
 from ..options import LastUpdate
 from ..pytorch.checks import STORAGES
 from ..pytorch.request import Request
@@ -37,10 +39,26 @@ def why_not() -> str | None:
     return None
 
 
-def register_module(module: Any) -> None:
-    """Add an extension that was compiled from another rules file, for the rules it names."""
+def register_module(module: Any, *, passes: str | None = None) -> None:
+    """Add an extension that was compiled from another rules file, for the rules it names.
+
+    Args:
+        module: the extension.
+        passes: the `native.passes_digest` of the pyupdate that it was compiled with; None where
+            that is known to be this one.
+
+    Raises:
+        ImportError: it was compiled with another pyupdate, whose passes are others.
+    """
+    if passes is not None and passes != passes_digest():
+        message = (
+            f"{module.__name__} was compiled with another version of pyupdate: "
+            "run python -m pyupdate.compile again"
+        )
+        raise ImportError(message)
     _own_module()
     if module not in _modules:
+        _use_wanted_isa(module)
         _modules.append(module)
 
 
@@ -48,17 +66,40 @@ def _own_module() -> Any:
     if not _modules:
         from .. import _C
 
-        wanted = os.environ.get(ISA_VARIABLE, "").strip().lower()
-        if wanted:
-            _C.use_isa(wanted)
+        _use_wanted_isa(_C)
         _modules.append(_C)
     return _modules[0]
 
 
+def _use_wanted_isa(module: Any) -> None:
+    wanted = os.environ.get(ISA_VARIABLE, "").strip().lower()
+    if wanted:
+        module.use_isa(wanted)
+
+
 def module_with(rule: Rule) -> Any | None:
-    """The compiled module that has a rule, None if nobody compiled it."""
-    _own_module()
-    return next((module for module in _modules if rule.name in module.rules()), None)
+    """The compiled module that has a rule, None if nobody compiled it.
+
+    Raises:
+        RuntimeError: a module was compiled from another text of this rule.
+    """
+    own = _own_module()
+    stale = None
+    for module in _modules:
+        compiled = module.digests().get(rule.name)
+        if compiled == rule.digest:
+            return module
+        # A rule of the user's may have the name of a shipped one, and is another.
+        if compiled is not None and (module is not own or RULES.get(rule.name) is rule):
+            stale = module
+    if stale is None:
+        return None
+    mend = "make install" if stale is own else "python -m pyupdate.compile"
+    message = (
+        f"rule '{rule.name}' was changed since {stale.__name__} was compiled: run {mend} again "
+        "(or step on the back end 'reference', which runs the text as it is)"
+    )
+    raise RuntimeError(message)
 
 
 class Part:
@@ -168,7 +209,7 @@ class Part:
             self._plan.vouch()
         elif found == self._found.SUSPECT:
             row = self.rows[noticed[0]]
-            if mend_row(row, inputs):
+            if mend_row(row, self._rules[row.group], inputs):
                 return
             check_row(row, self._rules[row.group], inputs)
             raise Stale(row.name)

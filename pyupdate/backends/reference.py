@@ -62,7 +62,7 @@ class Part:
         fresh = []
         lacking = []
         for r, row in self._active():
-            mend_row(row, inputs)
+            mend_row(row, self._rules[row.group], inputs)
             check_row(row, self._rules[row.group], inputs)
             keys = self._rules[row.group].keys
             inner = inputs.state.get(row.param)

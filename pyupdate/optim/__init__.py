@@ -10,17 +10,18 @@ The flags ``foreach`` and ``fused`` are checked as torch does and otherwise make
 
 from __future__ import annotations
 
-from . import layerwise, others, stock
+from . import layerwise, others, schedulefree, stock
 from .adopt import accelerate
 from .layerwise import LAMB, LARS, NovoGrad, StableAdamW
 from .others import ADOPT, Adan, AdEMAMix, Lion
 from .own import from_rule
 from .planned import Planned
-from .stock import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, RAdam, RMSprop, Rprop
+from .schedulefree import ScheduleFreeAdamW
+from .stock import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
 CLASSES: dict[str, type[Planned]] = {
     name: kind
-    for home in (stock, layerwise, others)
+    for home in (stock, layerwise, others, schedulefree)
     for name, kind in vars(home).items()
     if isinstance(kind, type) and issubclass(kind, Planned) and kind is not Planned
 }
@@ -28,6 +29,7 @@ CLASSES: dict[str, type[Planned]] = {
 
 __all__ = [
     "ADOPT",
+    "ASGD",
     "LAMB",
     "LARS",
     "SGD",
@@ -39,10 +41,12 @@ __all__ = [
     "Adamax",
     "Adan",
     "Lion",
+    "NAdam",
     "NovoGrad",
     "RAdam",
     "RMSprop",
     "Rprop",
+    "ScheduleFreeAdamW",
     "StableAdamW",
     "accelerate",
     "from_rule",

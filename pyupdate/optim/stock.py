@@ -202,3 +202,47 @@ class Rprop(Planned, torch.optim.Rprop):
         >>> p.tolist()
         [0.5, 1.5]
     """
+
+
+def _nadam(_: Group) -> Rule:
+    return rules.nadam
+
+
+@planned(_nadam, counts_steps=True)
+class NAdam(Planned, torch.optim.NAdam):
+    """``torch.optim.NAdam`` (Dozat 2016), Adam with Nesterov's momentum on a schedule.
+
+    Args:
+        *args, **kwargs: those of ``torch.optim.NAdam``, and `Options` by name.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = pyupdate.optim.NAdam([p], lr=0.5, eps=0.0)
+        >>> p.grad = torch.tensor([3.0, -2.0])
+        >>> optimizer.step()
+        >>> [round(x, 3) for x in p.tolist()]
+        [0.443, 1.557]
+    """
+
+
+def _asgd(_: Group) -> Rule:
+    return rules.asgd
+
+
+@planned(_asgd, counts_steps=True)
+class ASGD(Planned, torch.optim.ASGD):
+    """``torch.optim.ASGD`` (Polyak and Juditsky 1992), SGD whose path is averaged in ``ax``.
+
+    Args:
+        *args, **kwargs: those of ``torch.optim.ASGD``, and `Options` by name.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = pyupdate.optim.ASGD([p], lr=0.5, lambd=0.0)
+        >>> p.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> p.tolist(), optimizer.state[p]["ax"].tolist()
+        ([0.5, 2.0], [0.5, 2.0])
+    """

@@ -157,11 +157,12 @@ def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
         checks.check_step(inner["step"], row.name)
 
 
-def mend_row(row: Row, inputs: Inputs) -> bool:
+def mend_row(row: Row, rule: GroupRule, inputs: Inputs) -> bool:
     """Put into plain memory what only looks unusual; whether anything changed.
 
     A lazily negated or lazily zero gradient becomes its values, a step count that is a Python
-    number (old checkpoints) becomes torch's tensor. No value changes.
+    number (old checkpoints) becomes torch's tensor, and a scalar that torch's ``load_state_dict``
+    has cast to a half parameter's type becomes wide again. No value changes.
     """
     mended = False
     grad = row.param.grad
@@ -175,6 +176,12 @@ def mend_row(row: Row, inputs: Inputs) -> bool:
     if inner and isinstance(inner.get("step"), int | float):
         inner["step"] = _new_scalar(float(inner["step"]))
         mended = True
+    for key in rule.rule.scalars:
+        value = inner.get(key) if inner else None
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            assert inner is not None
+            inner[key] = value.float()
+            mended = True
     return mended
 
 
