@@ -198,6 +198,7 @@ void run(const std::vector<Plan*>& plans, cpu::Tables& tables, std::vector<cpu::
 }
 
 cpu::Outcome run(Plan& plan, const cpu::Request& request) {
+  if (request.stochastic) plan.identify();
   std::vector<cpu::Member> alone{{request, plan.tables().rows.size(), {}}};
   run({&plan}, plan.tables(), alone);
   return alone[0].outcome;
@@ -212,12 +213,13 @@ Answer answer(Found found, const Plan& plan, const cpu::Outcome& outcome) {
 }
 
 // pyupdate/pytorch/request.py's Request, in its order.
-using Wanted = std::tuple<bool, bool, bool, bool, double, double, double, double>;
+using Wanted = std::tuple<bool, bool, bool, bool, double, double, double, double, bool, int64_t>;
 
 cpu::Request request_of(const Wanted& wanted, int threads) {
   cpu::Request request;
   std::tie(request.reduce, request.skip_nonfinite, request.finite_norm, request.inf_norm,
-           request.unscale, request.max_norm, request.clip_value, request.ema_weight) = wanted;
+           request.unscale, request.max_norm, request.clip_value, request.ema_weight,
+           request.stochastic, request.seed) = wanted;
   request.multiplier = request.unscale;
   request.threads = threads;
   return request;
@@ -260,8 +262,11 @@ std::vector<Answer> step_together(const std::vector<Step>& steps, int threads) {
   cpu::Tables tables(width, scalars);
   std::vector<cpu::Member> members;
   for (const Step& step : steps) {
-    tables.append(std::get<Plan*>(step)->tables(), static_cast<int64_t>(members.size()));
-    members.push_back({request_of(std::get<Wanted>(step), threads), tables.rows.size(), {}});
+    Plan& plan = *std::get<Plan*>(step);
+    const cpu::Request request = request_of(std::get<Wanted>(step), threads);
+    if (request.stochastic) plan.identify();
+    tables.append(plan.tables(), static_cast<int64_t>(members.size()));
+    members.push_back({request, tables.rows.size(), {}});
   }
   tables.cut();
   run(plans, tables, members);

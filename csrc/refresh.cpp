@@ -300,6 +300,18 @@ void Plan::add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t stora
   tables_.hyper_rows.push_back({rule, storage, static_cast<int64_t>(offset), step, sign});
 }
 
+// Says which parameter each row is, for rounding by chance.
+void Plan::identify() {
+  tables_.identities.clear();
+  size_t group = 0;
+  for (const int32_t r : active_) {
+    while (r >= group_ends_[group]) ++group;
+    const int32_t start = group == 0 ? 0 : group_ends_[group - 1];
+    const int64_t position = positions_.empty() ? r - start : positions_[static_cast<size_t>(r)];
+    tables_.identities.push_back(static_cast<int64_t>(group) << 32 | position);
+  }
+}
+
 void Plan::count_step() {
   for (const int32_t r : active_) ++records_[static_cast<size_t>(r)].counter;
 }

@@ -86,6 +86,7 @@ class Plan {
   PyObject* written() const;
   PyObject* increment_version() const { return interface_.increment_version; }
   void count_step();
+  void identify();
   void settle();
   py::object to_bump() const;
   int64_t bytes() const;

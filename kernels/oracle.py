@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import rounding
 from .bind import bind
 from .language import Rule, named_results
 from .reduction import largest_of_row, sum_of_row
@@ -31,10 +32,16 @@ def load(stored: Array) -> Array:
     return stored.astype(np.float64 if stored.dtype == np.float64 else np.float32)
 
 
-def store(value: Array, like: Array) -> Array:
-    """`value` rounded to nearest even in the storage of `like`."""
+def store(value: Array, like: Array, key: int | None = None) -> Array:
+    """`value` rounded in the storage of `like`: to nearest even, or halves by chance with a key."""
     import numpy as np
 
+    if key is not None and like.dtype.itemsize == 2:
+        flat = np.ascontiguousarray(value, np.float32).reshape(-1)
+        drawn = rounding.draws(key, np.arange(flat.size))
+        convert = rounding.to_bf16 if like.dtype == np.uint16 else rounding.to_fp16
+        patterns: Array = convert(flat.view(np.uint32).astype(np.int64), drawn).astype(np.uint16)
+        return patterns.view(like.dtype).reshape(like.shape)
     if like.dtype != np.uint16:
         with np.errstate(over="ignore"):
             return value.astype(like.dtype)
@@ -55,6 +62,7 @@ def step(
     count: int,
     multiplier: float = 1.0,
     clip_value: float = math.inf,
+    chance: tuple[int, int] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The parameter and state after step `count` (the first is 1), as new arrays.
 
@@ -68,6 +76,8 @@ def step(
         count: the step that is made.
         multiplier: of the gradient: unscale x clip, negative where the group maximizes.
         clip_value: the bound of each element of the multiplied gradient.
+        chance: the seed and the parameter's number of `rounding.key_of`, for stochastic rounding;
+            elements are in the order of the arrays.
     """
     import numpy as np
 
@@ -82,19 +92,25 @@ def step(
     with np.errstate(all="ignore"):
         scaled = load(grad) * compute(multiplier)
         known["grad"] = bind(clipped, "numpy")(scaled, compute(clip_value))
-        for stage in rule.stages:
+        for turn, stage in enumerate(rule.stages):
             function = bind(stage.function.text, "numpy")
             out = function(*(known[name] for name in stage.function.arguments))
             for name, value in named_results(stage.function, out).items():
                 if name in stage.sums:
                     per_tensor[name] = _sum(value)
                 else:  # a later stage reads what was stored
-                    known[name] = load(store(value, param if name == "param" else state[name]))
+                    key = None
+                    if chance is not None:
+                        seed, number = chance
+                        role = rule.elements.index(name)
+                        key = rounding.key_of(seed, count, number, turn, role)
+                    like = param if name == "param" else state[name]
+                    known[name] = load(store(value, like, key))
             if stage.turn is not None:
                 places = hypers | scalars | per_tensor
                 turned = stage.turn.text(*(places[name] for name in stage.turn.arguments))
-                for name, number in named_results(stage.turn, turned).items():
-                    (scalars if name in scalars else per_tensor)[name] = number
+                for name, left in named_results(stage.turn, turned).items():
+                    (scalars if name in scalars else per_tensor)[name] = left
             known |= {name: compute(per_tensor[name]) for name in stage.leaves}
     made = {name: store(known[name], state[name]) for name in rule.state}
     made |= {name: np.asarray(scalars[name], state[name].dtype) for name in rule.scalars}

@@ -52,6 +52,13 @@ class Options:
             dtype of its parameter, as in torch, where moving averages stall: a bfloat16 average
             that moves by less than 1/512 of itself a step does not move at all. Twice the state's
             memory, for averages that are right.
+        stochastic_rounding: round parameters and state that are stored in bfloat16 or float16 up or
+            down by chance, so that what is lost in one step is won in another: on average a small
+            move is not lost, without the memory of `state_dtype`. Values that the dtype holds
+            exactly, inf and nan are stored as they are; what overflows to nearest, overflows.
+        seed: of the stochastic rounding. What is drawn depends on it, on the step count, on the
+            parameter's place in its group and the group's in the optimizer, and on the element's
+            place in the parameter's memory: a run repeats itself to the bit on any back end.
     """
 
     max_norm: float | None = None
@@ -62,6 +69,8 @@ class Options:
     accumulation_steps: int = 1
     ema_decay: float | None = None
     state_dtype: torch.dtype | None = None
+    stochastic_rounding: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _check_state_dtype(self.state_dtype)
@@ -89,7 +98,8 @@ class Options:
         if self.norm_type not in (2.0, math.inf):
             message = f"norm_type must be 2 or math.inf, but is {self.norm_type}"
             raise ValueError(message)
-        for name in ("error_if_nonfinite", "skip_nonfinite"):
+        _check_seed(self.seed)
+        for name in ("error_if_nonfinite", "skip_nonfinite", "stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 found = type(getattr(self, name)).__name__
                 message = f"{name} must be True or False, not {found}"
@@ -124,6 +134,15 @@ def _check_state_dtype(value: object) -> None:
         raise TypeError(message)
     if value is not torch.float32:
         message = f"state_dtype must be torch.float32 or None, but is {value}"
+        raise ValueError(message)
+
+
+def _check_seed(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        message = f"seed must be a whole number, not {type(value).__name__}"
+        raise TypeError(message)
+    if not 0 <= value < 2**63:
+        message = f"seed must be from 0 to 2**63 - 1, but is {value}"
         raise ValueError(message)
 
 

@@ -157,6 +157,18 @@ def test_the_loop_of_the_reduce_pass_works_on_whole_vectors(stage, storage, isa,
 
 
 @x86
+@every_isa
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_the_loop_that_rounds_by_chance_works_on_whole_vectors(half, isa, installed):
+    name = f"pyupdate::{isa}::(anonymous namespace)::round<pyupdate::{isa}::{half}>"
+    (function,) = (f for found, f in installed.items() if name in found)
+    products = [
+        [text for text in body if re.search(r"\bv?pmulld\b", text)] for body in function.loops()
+    ]
+    assert any(body and all(VECTORS[isa] in text for text in body) for body in products)
+
+
+@x86
 def test_nothing_in_the_module_fuses_a_multiplication_with_an_addition(installed):
     for function in installed.values():
         assert not any(FUSED.search(text) for _, text in function.code), function.name

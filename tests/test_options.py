@@ -28,6 +28,8 @@ TAKEN: dict[str, Any] = {
     "ema_decay": 0.99,
     "accumulation_steps": 3,
     "state_dtype": torch.float32,
+    "stochastic_rounding": True,
+    "seed": 7,
 }
 """A value of each option that is not its default."""
 
@@ -65,6 +67,12 @@ REFUSED = [
     ("state_dtype", "float32"),
     ("state_dtype", torch.bfloat16),
     ("state_dtype", torch.float64),
+    ("stochastic_rounding", 1),
+    ("stochastic_rounding", None),
+    ("seed", -1),
+    ("seed", 2**63),
+    ("seed", 1.0),
+    ("seed", True),
 ]
 
 

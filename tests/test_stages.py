@@ -18,6 +18,7 @@ import pyupdate
 from pyupdate.backends import cpu as cpu_backend
 from pyupdate.kernels import oracle
 from pyupdate.kernels.language import Rule
+from pyupdate.options import Options
 from pyupdate.pytorch.rows import OptimizerRow
 from pyupdate.pytorch.step import ROWS, engine_of, last_step, step
 
@@ -93,7 +94,12 @@ def by_hand(name: str, param: Any, grads: Sequence[Any]) -> dict[str, Any]:
 
 
 def on_numpy(
-    rule: Rule, param: Any, grads: Sequence[Any], sign: float = 1.0, scalars: Any = np.float32
+    rule: Rule,
+    param: Any,
+    grads: Sequence[Any],
+    sign: float = 1.0,
+    scalars: Any = np.float32,
+    chance: tuple[int, int] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     like = oracle.load(param)
 
@@ -104,7 +110,14 @@ def on_numpy(
     state |= {name: np.asarray(NUMBERS.get(v, v), scalars) for name, v in rule.scalars.items()}
     for count, grad in enumerate(grads, 1):
         param, state = oracle.step(
-            rule, param, grad, state, [*NUMBERS.values()], count=count, multiplier=sign
+            rule,
+            param,
+            grad,
+            state,
+            [*NUMBERS.values()],
+            count=count,
+            multiplier=sign,
+            chance=chance,
         )
     return param, state
 
@@ -125,9 +138,17 @@ def test_numpy_runs_the_stages_in_order(rule, size):
 
 
 def check(
-    rule: Rule, dtypes: Sequence[torch.dtype], what: str, *, backends: tuple[str, ...]
+    rule: Rule,
+    dtypes: Sequence[torch.dtype],
+    what: str,
+    *,
+    backends: tuple[str, ...],
+    seed: int | None = None,
 ) -> None:
-    """Steps of one optimizer with tensors of every size, tensor k being of dtype k mod n."""
+    """Steps of one optimizer with tensors of every size, tensor k being of dtype k mod n.
+
+    With a seed, halves are rounded by chance.
+    """
     rng = np.random.default_rng(72)
     kinds = [dtypes[k % len(dtypes)] for k in range(len(SIZES))]
     start = [random_values(rng, n, kind) for n, kind in zip(SIZES, kinds, strict=True)]
@@ -137,12 +158,14 @@ def check(
     ]
     params = [torch.nn.Parameter(value.clone()) for value in start]
     optimizer = Toy(params, rule)
+    optimizer.pyupdate_options = Options(stochastic_rounding=seed is not None, seed=seed or 0)
     torch_steps(optimizer, params, grads)
     (plan,) = engine_of(optimizer).plans.values()
     assert plan.backends == backends
     for i, param in enumerate(params):
         of_param = [array_of(row[i]) for row in grads]
-        expected, states = on_numpy(rule, array_of(start[i]), of_param)
+        chance = None if seed is None else (seed, i)
+        expected, states = on_numpy(rule, array_of(start[i]), of_param, chance=chance)
         assert_same_bits(param, expected, f"{what}, size {SIZES[i]}")
         assert optimizer.state[param]["step"].item() == STEPS
         for name, state in states.items():
@@ -164,6 +187,16 @@ def test_compiled_gives_the_bits_of_numpy(rule, dtype, threads, toy_module):
         toy_module.use_isa(isa)
         torch.set_num_threads(n)
         check(rule, [dtype], f"{isa}, {n} threads", backends=("cpu",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=name_of)
+@every_toy
+def test_stages_that_round_by_chance_give_the_bits_of_numpy(rule, dtype, toy_module):
+    for isa in toy_module.isas():
+        toy_module.use_isa(isa)
+        check(rule, [dtype], isa, backends=("cpu",), seed=5)
+    with pyupdate.use_backend("reference"):
+        check(rule, [dtype], "reference", backends=("reference",), seed=5)
 
 
 @every_toy

@@ -43,7 +43,7 @@ def states_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
         value
         for param in optimizer.param_groups[0]["params"]
         for key, value in optimizer.state[param].items()
-        if key != "step"
+        if key != "step" and value.dim() != 0
     ]
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def dtypes_of_state(optimizer: torch.optim.Optimizer) -> set[torch.dtype]:
         value.dtype
         for inner in optimizer.state.values()
         for key, value in inner.items()
-        if key != "step"
+        if key != "step" and value.dim() != 0  # scalars have their own dtype
     }
 
 
@@ -63,11 +65,13 @@ def test_the_bits_are_those_of_numpy(case: Case, dtype, isas, compiled):
         params = [nn.Parameter(piece) for piece in start.clone().split(SIZES)]
         optimizer = case.ours(params, state_dtype=FP32)
         torch_steps(optimizer, params, [grad.split(SIZES) for grad in grads])
-        assert dtypes_of_state(optimizer) == ({FP32} if states else set())
+        assert dtypes_of_state(optimizer) == ({FP32} if case.rule.state else set())
         assert_same_bits(joined(params), expected, what)
-        for name, values in states.items():
+        for name in case.rule.state:
             found = joined([optimizer.state[p][name] for p in params])
-            assert_same_bits(found, values, f"{what}, {name}")
+            assert_same_bits(found, states[name], f"{what}, {name}")
+        for name, param in product(case.rule.scalars, params):
+            assert_same_bits(optimizer.state[param][name], states[name], f"{what}, {name}")
 
     for isa in isas:
         compiled.use_isa(isa)

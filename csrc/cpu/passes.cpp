@@ -3,8 +3,11 @@
 // instruction set, with PYUPDATE_ISA naming it; the compiler vectorises, there are no intrinsics.
 #include "passes.h"
 
+#include <type_traits>
+
 #include "../element.h"
 #include "../reduce.h"
+#include "../rounding.h"
 #include "rules_generated.h"
 
 #define PYUPDATE_STRING_(x) #x
@@ -110,6 +113,33 @@ double largest(const void* lanes, int64_t n) {
   return join_lanes(static_cast<const T*>(lanes), n, text::larger<double>);
 }
 
+template <class Half>
+void widen(const void* half, float* wide, int64_t n) {
+  const Half* from = static_cast<const Half*>(half);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) wide[i] = load(from[i]);
+}
+
+// The elements lie in one block of kLanes, so the upper half of their indices is the same.
+template <class Half>
+void round(const float* wide, void* half, int64_t n, uint64_t key, int64_t element) {
+  Half* to = static_cast<Half*>(half);
+  const auto low = static_cast<uint32_t>(element);
+  const auto high = static_cast<uint32_t>(element >> 32);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    store(wide[i], to + i, draw(key, low + static_cast<uint32_t>(i), high));
+  }
+}
+
+template <class... S>
+constexpr int index_of_fp32(List<S...>) {
+  constexpr bool is_fp32[] = {std::is_same_v<S, Storage<fp32, fp32, fp32, float>>...};
+  int index = 0;
+  while (!is_fp32[index]) ++index;
+  return index;
+}
+
 constexpr const char* name_of(fp64) { return "float64"; }
 constexpr const char* name_of(fp32) { return "float32"; }
 constexpr const char* name_of(bf16) { return "bfloat16"; }
@@ -130,16 +160,26 @@ constexpr StorageInfo storage_info() {
   using T = typename S::Compute;
   constexpr int64_t param = sizeof(typename S::Param), grad = sizeof(typename S::Grad);
   constexpr int64_t state = sizeof(typename S::State);
-  return {name_of(typename S::Param{}),
-          {param, grad, state, state, state, state, state},
-          int64_t{sizeof(T)},
-          clear<T>,
-          sum<T>,
-          largest<T>,
-          average<S>,
-          kernel<squared_stage, S>(),
-          kernel<magnitude_stage, S>(),
-          kernel<nonfinite_stage, S>()};
+  using P = typename S::Param;
+  StorageInfo info{name_of(P{}),
+                   {param, grad, state, state, state, state, state},
+                   int64_t{sizeof(T)},
+                   clear<T>,
+                   sum<T>,
+                   largest<T>,
+                   average<S>,
+                   kernel<squared_stage, S>(),
+                   kernel<magnitude_stage, S>(),
+                   kernel<nonfinite_stage, S>(),
+                   -1,
+                   nullptr,
+                   nullptr};
+  if constexpr (sizeof(P) == 2) {
+    info.fp32 = index_of_fp32(Storages{});
+    info.widen = widen<P>;
+    info.round = round<P>;
+  }
+  return info;
 }
 
 template <class... S>

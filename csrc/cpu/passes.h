@@ -43,6 +43,12 @@ struct StorageInfo {
   Kernel squared;    // the reduce pass for the 2-norm
   Kernel magnitude;  // and for the inf norm
   Kernel nonfinite;  // its second look, where a sum is not finite
+  // For stochastic rounding (scratch.h), of the halves alone: the storage whose kernels step them
+  // once they are widened, -1 for none, and both ways of converting n elements. `element` is the
+  // first one's index in its row, `key` rounding.h's.
+  int fp32;
+  void (*widen)(const void* half, float* wide, int64_t n);
+  void (*round)(const float* wide, void* half, int64_t n, uint64_t key, int64_t element);
 };
 
 struct RuleInfo {

@@ -7,8 +7,9 @@
 #include <memory>
 
 #include "../reduce.h"
+#include "../rounding.h"
 #include "parallel.h"
-#include "strided.h"
+#include "scratch.h"
 
 namespace pyupdate::cpu {
 
@@ -29,7 +30,7 @@ struct alignas(64) Share {
 // What a thread needs beside its stack frames.
 struct Workspace {
   alignas(64) char lanes[kMaxSums * kLanes * sizeof(double)];
-  alignas(64) char scratch[kMaxRoles][kLanes * sizeof(double)];
+  Scratch scratch;
 };
 
 }  // namespace
@@ -219,12 +220,18 @@ class Region {
       const Row& row = tables_.rows[r];
       const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
       const RuleInfo& rule = passes_.rules[hyper.rule];
-      const Outcome& outcome = members_[static_cast<size_t>(hyper.member)].outcome;
-      if (stage >= rule.stages || outcome.skipped) return;
-      const Kernel& kernel = rule.kernels[stage][hyper.storage];
+      const Member& member = members_[static_cast<size_t>(hyper.member)];
+      if (stage >= rule.stages || member.outcome.skipped) return;
       const StorageInfo& storage = passes_.storages[hyper.storage];
       const bool averages = tables_.averages_ && stage + 1 == rule.stages;
-      run_chunk(kernel, storage, r, chunk, outcome.multiplier * hyper.sign, workspace, averages);
+      const bool by_chance = member.request.stochastic && storage.fp32 >= 0;
+      const Kernel& kernel = rule.kernels[stage][by_chance ? storage.fp32 : hyper.storage];
+      uint64_t keys[kMaxRoles];
+      for (int role = 0; by_chance && role < kMaxRoles; ++role) {
+        keys[role] = key_of(member.request.seed, hyper.step, tables_.identities[r], stage, role);
+      }
+      run_chunk(kernel, storage, r, chunk, member.outcome.multiplier * hyper.sign, workspace,
+                averages, by_chance ? keys : nullptr);
       const int64_t count = std::min(kChunk, row.size - chunk * kChunk);
       for (int k = 0; k < kernel.sums; ++k) {
         const auto at = (kernel.first_sum + k) * tables_.chunks() + row.chunk + chunk;
@@ -277,7 +284,8 @@ class Region {
   // ----- one chunk
 
   void run_chunk(const Kernel& kernel, const StorageInfo& storage, size_t r, int64_t chunk,
-                 double multiplier, Workspace& workspace, bool averages = false) {
+                 double multiplier, Workspace& workspace, bool averages = false,
+                 const uint64_t* keys = nullptr) {
     const Row& row = tables_.rows[r];
     const HyperRow& hyper = tables_.hyper_rows[static_cast<size_t>(row.hyper)];
     const int64_t* address = &tables_.addresses[r * static_cast<size_t>(tables_.width_)];
@@ -296,9 +304,14 @@ class Region {
     for (int k = 0; k < kernel.sums; ++k) {
       storage.clear(workspace.lanes + k * kLanes * storage.compute_size, lanes);
     }
-    if (row.layout >= 0) {
-      run_strided(kernel, storage, block, address,
-                  &tables_.layouts[static_cast<size_t>(row.layout)], workspace, averages);
+    if (row.layout >= 0 || keys != nullptr) {
+      const int64_t* layout =
+          row.layout < 0 ? nullptr : &tables_.layouts[static_cast<size_t>(row.layout)];
+      int64_t sizes[kMaxRoles];
+      for (int64_t role = 0; role < tables_.width_; ++role) sizes[role] = itemsize(storage, role);
+      const double* ema_weight = averages ? &request_.ema_weight : nullptr;
+      run_in_scratch(kernel, storage, block,
+                     {tables_.width_, address, sizes, layout, keys, ema_weight}, workspace.scratch);
       return;
     }
     for (int64_t role = 0; role < tables_.width_; ++role) {
@@ -323,42 +336,11 @@ class Region {
     for (int64_t left = block.count; left > 0; left -= kLanes) {
       block.count = std::min(kLanes, left);
       kernel.run(block);
-      average(storage, block);
+      storage.average(block.role[kParam], block.role[tables_.width_ - 1], block.count,
+                      request_.ema_weight);
       block.element += kLanes;
       for (int64_t role = 0; role < tables_.width_; ++role) {
         block.role[role] = static_cast<char*>(block.role[role]) + kLanes * itemsize(storage, role);
-      }
-    }
-  }
-
-  void average(const StorageInfo& storage, const Block& block) const {
-    storage.average(block.role[kParam], block.role[tables_.width_ - 1], block.count,
-                    request_.ema_weight);
-  }
-
-  // Gathers a strided row into flat scratch, runs the same kernel there, scatters what it wrote.
-  void run_strided(const Kernel& kernel, const StorageInfo& storage, Block block,
-                   const int64_t* address, const int64_t* layout, Workspace& workspace,
-                   bool averages) {
-    const int64_t end = block.element + block.count;
-    const unsigned last = averages ? 1u << (tables_.width_ - 1) : 0u;
-    const unsigned reads = kernel.reads | last | (averages ? 1u << kParam : 0u);
-    const unsigned writes = kernel.writes | last;
-    for (int64_t begin = block.element; begin < end; begin += kLanes) {
-      block.element = begin;
-      block.count = std::min(kLanes, end - begin);
-      for (int64_t role = 0; role < tables_.width_; ++role) {
-        block.role[role] = workspace.scratch[role];
-        if (reads >> role & 1u) {
-          copy_strided<true>(block, role, itemsize(storage, role), address[role], layout);
-        }
-      }
-      kernel.run(block);
-      if (averages) average(storage, block);
-      for (int64_t role = 0; role < tables_.width_; ++role) {
-        if (writes >> role & 1u) {
-          copy_strided<false>(block, role, itemsize(storage, role), address[role], layout);
-        }
       }
     }
   }

@@ -46,6 +46,9 @@ class Tables {
   std::vector<HyperRow> hyper_rows;
   std::vector<double> hypers;
   std::vector<int64_t> layouts;
+  // Which parameter a row is, wherever it stands: its group's index x 2^32 + its position there.
+  // Only for stochastic rounding, else empty.
+  std::vector<int64_t> identities;
 
  private:
   friend class Region;
@@ -74,6 +77,8 @@ struct Request {
   double clip_value = std::numeric_limits<double>::infinity();
   double ema_weight = 0.0;  // of the new parameter in its average
   double multiplier = 1.0;  // used as it is if `reduce` is off
+  bool stochastic = false;  // halves are rounded by chance, drawn with this seed
+  int64_t seed = 0;
   int threads = 1;
   // Called by the calling thread once it is certain that something will be written, while the
   // others may already write.

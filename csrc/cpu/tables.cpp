@@ -57,6 +57,8 @@ void Tables::append(const Tables& other, int64_t member) {
   }
   hypers.insert(hypers.end(), other.hypers.begin(), other.hypers.end());
   layouts.insert(layouts.end(), other.layouts.begin(), other.layouts.end());
+  identities.insert(identities.end(), other.identities.begin(), other.identities.end());
+  identities.resize(rows.size());  // a plan that does not round by chance has none
 }
 
 void Tables::cut() {
@@ -95,7 +97,7 @@ int64_t Tables::elements() const {
 int64_t Tables::bytes() const {
   const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
   return of(rows) + of(addresses) + of(scalars) + of(hyper_rows) + of(hypers) + of(layouts) +
-         of(items_) + of(waves_) + of(chunk_sums_) + of(row_sums_);
+         of(identities) + of(items_) + of(waves_) + of(chunk_sums_) + of(row_sums_);
 }
 
 double load_scalar(int64_t tagged) {

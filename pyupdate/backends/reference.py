@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..kernels import rounding
 from ..kernels.bind import bind
 from ..kernels.language import named_results
 from ..kernels.reduction import largest_of_row, sum_of_row
@@ -29,6 +30,7 @@ from ..pytorch.rows import (
     lacks_average,
     mend_row,
 )
+from ..pytorch.state import HALVES
 
 
 def why_not() -> str | None:
@@ -120,14 +122,18 @@ class Part:
         scaled = _load(_gradient(row)) * _compute(multiplier * sign, like)
         known["grad"] = bind(clipped, "torch")(scaled, _compute(request.clip_value, like))
         per_tensor = {"numel": float(row.param.numel())}
-        for stage in rule.stages:
+        for turn, stage in enumerate(rule.stages):
             function = bind(stage.function.text, "torch")
             out = function(*(known[name] for name in stage.function.arguments))
             for name, value in named_results(stage.function, out).items():
                 if name in stage.sums:
                     per_tensor[name] = _sum(_flat(value.expand(row.param.shape), row.param))
                 else:  # a later stage reads what was stored
-                    known[name] = _load(value.to(places[name].dtype))
+                    key = None
+                    if request.stochastic and places[name].dtype in HALVES:
+                        parameter, role = row.group << 32 | row.position, rule.elements.index(name)
+                        key = rounding.key_of(request.seed, count, parameter, turn, role)
+                    known[name] = _load(_stored(value, places[name].dtype, row.param, key))
             if stage.turn is not None:
                 given = hypers | scalars | per_tensor
                 turned = stage.turn.text(*(given[name] for name in stage.turn.arguments))
@@ -179,13 +185,33 @@ def _compute(value: float, like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64).to(dtype).to(like.device)
 
 
+def _stored(
+    value: torch.Tensor, dtype: torch.dtype, param: torch.Tensor, key: int | None
+) -> torch.Tensor:
+    """Rounded to a dtype: to nearest even, or by chance with a key."""
+    if key is None:
+        return value.to(dtype)
+    order = _order(param)
+    elements = torch.arange(param.numel(), device=param.device)
+    elements = elements.reshape([param.shape[d] for d in order])
+    drawn = rounding.draws(key, elements.permute([order.index(d) for d in range(param.dim())]))
+    bits = value.expand(param.shape).contiguous().view(torch.int32).long() & 0xFFFF_FFFF
+    convert = rounding.to_bf16 if dtype is torch.bfloat16 else rounding.to_fp16
+    patterns: torch.Tensor = convert(bits, drawn)
+    return ((patterns ^ 0x8000) - 0x8000).to(torch.int16).view(dtype)
+
+
 def _flat(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """The values in the order of the parameter's memory, slowest dimension first."""
-    strides = param.stride()
-    order = sorted(range(param.dim()), key=lambda d: -strides[d] if param.shape[d] != 1 else 0)
+    """The values in the order of the parameter's memory."""
+    return values.permute(_order(param)).reshape(-1)
+
+
+def _order(param: torch.Tensor) -> list[int]:
+    """The dimensions of a parameter from the slowest in memory to the fastest."""
     if param.is_contiguous():
-        order = list(range(param.dim()))
-    return values.permute(order).reshape(-1)
+        return list(range(param.dim()))
+    strides = param.stride()
+    return sorted(range(param.dim()), key=lambda d: -strides[d] if param.shape[d] != 1 else 0)
 
 
 def _sum(values: torch.Tensor) -> float:

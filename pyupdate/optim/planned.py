@@ -64,6 +64,9 @@ class Planned(Optimizer):
         given = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         self.pyupdate_options = Options(**given)
         super().__init__(*args, **kwargs)
+        wanted = self.pyupdate_options.state_dtype
+        for inner, key, value in state.converted(self, wanted):  # Adagrad's constructor makes state
+            inner[key] = value
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let ``help`` show the constructor of the class below with the options behind it."""

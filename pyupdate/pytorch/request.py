@@ -37,6 +37,8 @@ class Request(NamedTuple):
         max_norm: the bound of the norm, negative for no clip.
         clip_value: the bound of every multiplied gradient element, infinite for none.
         ema_weight: of the new parameter in its average, where there are averages.
+        stochastic: bfloat16 and float16 are rounded by chance.
+        seed: of that.
     """
 
     reduce: bool
@@ -47,6 +49,8 @@ class Request(NamedTuple):
     max_norm: float
     clip_value: float
     ema_weight: float
+    stochastic: bool
+    seed: int
 
     def check_norm(self, norm: float | None, options: Options) -> None:
         """Refuse a norm that is not finite, where that was asked for.
@@ -76,4 +80,6 @@ def request_of(options: Options, scaling: Scaling) -> Request:
         max_norm=-1.0 if options.max_norm is None else float(options.max_norm),
         clip_value=math.inf if options.clip_value is None else float(options.clip_value),
         ema_weight=0.0 if options.ema_decay is None else 1.0 - float(options.ema_decay),
+        stochastic=options.stochastic_rounding,
+        seed=int(options.seed),
     )
