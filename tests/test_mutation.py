@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_layerwise
+import test_schedulefree
 import torch
 from bits import initial_state
 from cases import CASES, HANDS, OTHERS, Case
@@ -32,6 +33,7 @@ from scalar_truths import log_pairs, points
 
 from pyupdate.kernels import families, language, oracle, rules, scalar
 from pyupdate.kernels.language import Rule
+from pyupdate.pytorch.rows import numbers_of
 
 # Each operator's mutants: the opposite, and for an order also the same with the other edge.
 _TURNED: dict[type, tuple[type, ...]] = {
@@ -195,6 +197,18 @@ def problem(case: Case) -> tuple[Any, list[Any], list[dict[str, Any]]]:
     return start, grads, after
 
 
+@contextmanager
+def scalars_in_fp64() -> Iterator[None]:
+    """Torch keeps a parameter's scalars, such as NAdam's mu_product, in the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@scalars_in_fp64()
 def rules_hold(found: Mapping[str, Rule]) -> None:
     """Each of these rules steps as torch's loop does, and as by hand."""
     for case in CASES + OTHERS:
@@ -225,6 +239,25 @@ def rules_hold(found: Mapping[str, Rule]) -> None:
             )
             assert param.item() == pytest.approx(after, rel=4e-16, abs=0.0)
     layerwise_hold(found)
+    if "schedulefree_adamw" in found:
+        schedulefree_holds(found["schedulefree_adamw"])
+
+
+def schedulefree_holds(found: Rule) -> None:
+    """Against the paper's three sequences."""
+    rng = np.random.default_rng(93)
+    for options in test_schedulefree.OPTIONS:
+        param = rng.standard_normal(20)
+        grads = [rng.standard_normal(20) for _ in range(STEPS)]
+        truth = test_schedulefree.formula(param, grads, **options)
+        group = test_schedulefree.made([torch.nn.Parameter(torch.zeros(1))], **options).param_groups
+        _, *numbers = numbers_of(found, group[0])
+        state = {"z": param, "exp_avg_sq": np.zeros(20)}
+        state |= {name: np.zeros(()) for name in found.scalars}
+        for count, grad in enumerate(grads, 1):
+            param, state = oracle.step(found, param, grad, state, numbers, count=count)
+        for name, value in {"param": param, **state}.items():
+            np.testing.assert_allclose(value, truth[name], rtol=1e-9, atol=1e-15, err_msg=name)
 
 
 def layerwise_hold(found: Mapping[str, Rule]) -> None:
@@ -361,6 +394,7 @@ EQUAL = {
     ("adopt", "normed > largest", "GtE"),
     ("adopt", "normed < least", "LtE"),
     ("rprop", "step_size < step_size_min", "LtE"),
+    ("prepare_schedulefree", "step < warmup_steps", "LtE"),
     ("rprop", "step_size > step_size_max", "GtE"),
     # 2^27 - 1 halves as well as 2^27 + 1, and what is left of a sum is too small to add.
     ("upper_half", "134217728.0 + 1.0", "Sub"),

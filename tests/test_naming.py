@@ -64,7 +64,8 @@ def test_a_name_that_cpp_cannot_take_is_refused_with_its_line(place, tmp_path):
 
 def test_every_macro_of_a_compiler_is_refused():
     ours = [path.read_text() for path in (ROOT / "csrc").rglob("*.h")]
-    headers = set(re.findall(r"^#include (<[\w.]+>)", "".join(ours), re.MULTILINE)) - {"<omp.h>"}
+    headers = set(re.findall(r"^#include (<[\w.]+>)", "".join(ours), re.MULTILINE))
+    headers -= {"<omp.h>", "<Python.h>"}  # not of the passes, which alone hold what is emitted
     assert "<stdint.h>" in headers
     source = "".join(f"#include {header}\n" for header in sorted(headers))
     command = [compiler(), "-x", "c++", "-dM", "-E", "-include", ROOT / "csrc" / "types.h", "-"]

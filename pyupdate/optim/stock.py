@@ -222,7 +222,7 @@ class NAdam(Planned, torch.optim.NAdam):
         >>> p.grad = torch.tensor([3.0, -2.0])
         >>> optimizer.step()
         >>> [round(x, 3) for x in p.tolist()]
-        [0.443, 1.557]
+        [0.472, 1.528]
     """
 
 
