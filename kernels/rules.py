@@ -13,6 +13,7 @@ from .families.adam_like import adamax, radam
 from .families.averaged import asgd, schedulefree_adamw
 from .families.layerwise import lamb, lars, lars_momentum, novograd, stable_adamw
 from .families.lion import lion
+from .families.muon import muon
 from .families.nadam import nadam
 from .families.resilient import rprop
 from .families.rmsprop import (
@@ -34,6 +35,7 @@ RULES = {
         *(adagrad, adadelta, adamax, radam),
         *(nadam, rprop, asgd, schedulefree_adamw),
         *(lion, ademamix, adopt, adan),
+        muon,
         *(lars, lars_momentum, lamb, novograd, stable_adamw),
     )
 }

@@ -50,7 +50,7 @@ def bytes_per_parameter(
     elements = (
         sum(p.numel() for group in optimizer.param_groups for p in group["params"]) if row else 0
     )
-    if row is None or elements == 0:
+    if row is None or row.finish is not None or elements == 0:
         message = (
             "bytes_per_parameter takes a model with an optimizer attached (pyupdate.build) or an "
             "optimizer, of pyupdate.optim or one that can be accelerated, that holds elements; got "

@@ -241,6 +241,15 @@ def rules_hold(found: Mapping[str, Rule]) -> None:
     layerwise_hold(found)
     if "schedulefree_adamw" in found:
         schedulefree_holds(found["schedulefree_adamw"])
+    if "muon" in found:
+        _, state = oracle.step(
+            found["muon"],
+            *map(np.array, ([1.0], [3.0])),
+            {"momentum_buffer": np.ones(1)},
+            [0.75],
+            count=2,
+        )
+        assert state["momentum_buffer"].item() == 1.0 + (3.0 - 1.0) * 0.25
 
 
 def schedulefree_holds(found: Rule) -> None:

@@ -10,9 +10,10 @@ The flags ``foreach`` and ``fused`` are checked as torch does and otherwise make
 
 from __future__ import annotations
 
-from . import layerwise, others, schedulefree, stock
+from . import layerwise, muon, others, schedulefree, stock
 from .adopt import accelerate
 from .layerwise import LAMB, LARS, NovoGrad, StableAdamW
+from .muon import Muon, split_for_muon
 from .others import ADOPT, Adan, AdEMAMix, Lion
 from .own import from_rule
 from .planned import Planned
@@ -21,7 +22,7 @@ from .stock import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAd
 
 CLASSES: dict[str, type[Planned]] = {
     name: kind
-    for home in (stock, layerwise, others, schedulefree)
+    for home in (stock, layerwise, muon, others, schedulefree)
     for name, kind in vars(home).items()
     if isinstance(kind, type) and issubclass(kind, Planned) and kind is not Planned
 }
@@ -41,6 +42,7 @@ __all__ = [
     "Adamax",
     "Adan",
     "Lion",
+    "Muon",
     "NAdam",
     "NovoGrad",
     "RAdam",
@@ -50,4 +52,5 @@ __all__ = [
     "StableAdamW",
     "accelerate",
     "from_rule",
+    "split_for_muon",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.optim import Optimizer
@@ -15,7 +15,7 @@ from ..kernels.language import Rule
 from ..options import PARAMETERS, LastUpdate, Options
 from ..pytorch import accumulation, state
 from ..pytorch import step as engine
-from ..pytorch.rows import Group, OptimizerRow
+from ..pytorch.rows import Group, OptimizerRow, Row
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -36,12 +36,18 @@ DROP_INS: dict[type[Optimizer], type[Planned]] = {}
 _P = TypeVar("_P", bound="type[Planned]")
 
 
-def planned(rule: Callable[[Group], Rule], *, counts_steps: bool) -> Callable[[_P], _P]:
+def planned(
+    rule: Callable[[Group], Rule],
+    *,
+    counts_steps: bool,
+    finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None,
+) -> Callable[[_P], _P]:
     """Declare of a class which rule steps its groups, and whether it keeps ``state[p]["step"]``.
 
+    `finish` is what `OptimizerRow.finish` says.
     A class on one of ``torch.optim`` also becomes what `accelerate` makes of that one.
     """
-    row = OptimizerRow(rule, counts_steps)
+    row = OptimizerRow(rule, counts_steps, finish)
 
     def declare(cls: _P) -> _P:
         engine.ROWS[cls] = row

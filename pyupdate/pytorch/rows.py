@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..kernels.language import Rule
+from ..options import LastUpdate
 from . import checks
 from . import state as states
 from .forks import one_thread_in_forked_child
@@ -34,10 +35,13 @@ class OptimizerRow:
     Attributes:
         rule: picks the rule of a group by its flags.
         counts_steps: whether torch keeps ``state[p]["step"]`` for it.
+        finish: of an optimizer that no rule can say whole, what follows the rule's passes where
+            they were not skipped: it gets the optimizer, the plan's rows and what the step did.
     """
 
     rule: Callable[[Group], Rule]
     counts_steps: bool
+    finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,9 @@ def can_join(optimizer: Optimizer) -> bool:
         or torch_optimizer._global_optimizer_post_hooks
     ):
         return False
+    row = row_of(optimizer)
+    if row is None or row.finish is not None:
+        return False
     engine, options = engine_of(optimizer), options_of(optimizer)
     if engine.joins is None or engine.joins[0] is not options:
         engine.joins = (options, _JOINABLE.issuperset(options.asked_for))
@@ -311,6 +314,9 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
     numbers = [numbers_of(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
     options = options_of(optimizer)
     averages = options.ema_decay is not None
+    if averages and row.finish is not None:
+        message = f"{type(optimizer).__name__} cannot be had with ema_decay: leave one of them out"
+        raise ValueError(message)
     return rules, Inputs(groups, optimizer.state, numbers, options.state_dtype, averages)
 
 
@@ -326,7 +332,11 @@ def _step_once(
     for _ in range(3):
         plan = _plan(engine, inputs, rules, key)
         try:
-            return plan.step(inputs, options_of(optimizer), scaling)
+            last = plan.step(inputs, options_of(optimizer), scaling)
+            assert engine.row is not None
+            if engine.row.finish is not None and not last.skipped:
+                engine.row.finish(optimizer, plan.rows, last)
+            return last
         except Stale as stale:
             del engine.plans[key]
             reason = str(stale)
