@@ -143,8 +143,9 @@ CASES = (
     _asgd("asgd", t0=3.0, alpha=0.5, maximize=True),
     _rmsprop("rmsprop"),
     _rmsprop("rmsprop", full=True, alpha=0.9, weight_decay=0.1, maximize=True),
-    _rmsprop("rmsprop_momentum", momentum=0.9),
-    _rmsprop("rmsprop_momentum", full=True, momentum=0.5, alpha=0.8, eps=1e-3, weight_decay=0.1),
+    _rmsprop("rmsprop_momentum", momentum=0.9, weight_decay=0.1),
+    # No decay: where it cancels a gradient, an error of torch's norm is magnified by 1 / eps.
+    _rmsprop("rmsprop_momentum", full=True, momentum=0.5, alpha=0.8, eps=1e-3),
     _rmsprop("rmsprop_centered", full=True, centered=True, alpha=0.9),
     _rmsprop("rmsprop_centered", centered=True, weight_decay=0.1, maximize=True),
     _rmsprop("rmsprop_centered_momentum", full=True, centered=True, momentum=0.8, alpha=0.9),

@@ -74,6 +74,9 @@ class Sizes:
 
     grad: np.ndarray
     """What enters the averages: for ADOPT the largest normed gradient."""
+    squared: np.ndarray
+    """What enters the average of squares: Adan adds a part of a difference, whose rounding stays
+    where the sum cancels."""
     move: float
     """Of a parameter, the largest of the step: lr, where the rule divides by what it averages from
     its first step on."""
@@ -84,7 +87,12 @@ def sizes(case: Case, grad: np.ndarray, moved: np.ndarray, count: int) -> Sizes:
     lr = case.options["lr"]
     entering = np.full_like(grad, float(count) ** 0.25) if case.name == "adopt" else grad
     bias_corrected = case.name.startswith(("sgd", "adam_", "adamw")) or case.name == "adam"
-    return Sizes(entering, lr if bias_corrected else float(np.abs(moved).max()), lr)
+    squared = np.abs(entering)
+    if case.name == "adan":  # gradients are of at most 1, so a difference of |grad| + 1
+        beta2 = dict(zip(case.rule.numbers, case.numbers()[1], strict=True))["beta2"]
+        squared = squared + (1.0 - beta2) * (squared + 1.0)
+    move = lr if bias_corrected else float(np.abs(moved).max())
+    return Sizes(entering, squared, move, lr)
 
 
 def bounds(name: str, value: np.ndarray, of: Sizes, eps: float) -> np.ndarray:
@@ -114,7 +122,7 @@ def bounds(name: str, value: np.ndarray, of: Sizes, eps: float) -> np.ndarray:
         # twice that and 1, its product with 1 - rho 1, the sum 1.
         return 9.5 * eps * size
     assert name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
-    return 2 * eps * np.maximum(value, grad * grad)
+    return 2 * eps * np.maximum(value, of.squared * of.squared)
 
 
 class Beta(float):
