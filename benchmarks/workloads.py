@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured: the workloads, the contestants, and the proof that they do the same.
 
-A contestant owns a set of parameters with gradients and an optimizer. `step` is the optimizer's
+A contestant owns a set of parameters with gradients and an optimizer. The kinds: `step` is AdamW's
 step alone; `full` is what loss scaling and clipping ask for: unscale, finite check, clip by the
-global norm, step, update of the scaler.
+global norm, step, update of the scaler; `average` is that and a moving average of the parameters.
+The name of an optimizer is its step alone.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ THREADS = 2
 SCALE = 2.0**16  # where torch's GradScaler starts
 MAX_NORM = 1.0
 EPS = torch.finfo(torch.float32).eps
-KINDS = ("step", "full")
-BYTES = {"step": 28, "full": 32}
-"""The least that is moved, an fp32 parameter: read p g m v, write p m v; the norm reads g again."""
+DECAY = 0.999
+KINDS = ("step", "full", "average")
+DEFAULTS = ("NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
+"""Against torch's own, as torch steps it where nobody asks for anything."""
+LAYERWISE = ("LAMB", "LARS")
+"""Against our own AdamW, whose bytes they move but for the norms."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,41 @@ class Workload:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("48 x 1024x1024", ((1024, 1024),) * 48, {"step": 0.95, "full": 1.8}),
+        Workload(
+            "48 x 1024x1024",
+            ((1024, 1024),) * 48,
+            {"step": 0.95, "full": 1.8, "average": 1.7} | dict.fromkeys(LAYERWISE, 1 / 1.6),
+        ),
         Workload(
             "60 x 512x512, 200 x 512",
             ((512, 512),) * 60 + ((512,),) * 200,
-            {"step": 1.2, "full": 1.9},
+            {"step": 1.2, "full": 1.9} | dict.fromkeys(DEFAULTS, 4.0),
         ),
-        Workload("1,000 x 256", ((256,),) * 1000, {"step": 12.0, "full": 24.0}),
+        Workload("1,000 x 256", ((256,),) * 1000, {"step": 12.0, "full": 24.0, "average": 30.0}),
     )
 }
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-OPTIMIZERS: dict[str, Optimizer] = {
-    "torch fused": lambda params: torch.optim.AdamW(params, fused=True),
-    "torch foreach": lambda params: torch.optim.AdamW(params, foreach=True),
-    "pyupdate": lambda params: pyupdate.optim.AdamW(params),
+OURS = "pyupdate"
+BASELINE = "torch fused"
+_ADDED: dict[str, dict[str, Any]] = {
+    "step": {},
+    "full": {"max_norm": MAX_NORM},
+    "average": {"max_norm": MAX_NORM, "ema_decay": DECAY},
 }
-CLIPPED: dict[str, Optimizer] = {
-    **OPTIMIZERS,
-    "pyupdate": lambda params: pyupdate.optim.AdamW(params, max_norm=MAX_NORM),
-}
+
+
+def optimizers(kind: str) -> dict[str, Optimizer]:
+    """The contestants of a kind by name: what is compared with first, ours last."""
+    if kind in DEFAULTS:
+        return {"torch": getattr(torch.optim, kind), OURS: getattr(pyupdate.optim, kind)}
+    if kind in LAYERWISE:
+        return {"our AdamW": pyupdate.optim.AdamW, OURS: getattr(pyupdate.optim, kind)}
+    return {
+        BASELINE: lambda params: torch.optim.AdamW(params, fused=True),
+        "torch foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+        OURS: lambda params: pyupdate.optim.AdamW(params, **_ADDED[kind]),
+    }
 
 
 class Contestant:
@@ -70,6 +89,7 @@ class Contestant:
     def __init__(self, name: str, workload: Workload, kind: str) -> None:
         self.name = name
         self.kind = kind
+        self.scaled = kind in ("full", "average")
         random = torch.Generator().manual_seed(1)
         self.params = [
             nn.Parameter(torch.randn(shape, generator=random)) for shape in workload.shapes
@@ -77,20 +97,21 @@ class Contestant:
         # A backward pass leaves gradients that carry the scale; torch unscales and clips them where
         # they are, so each full step starts from a fresh copy, which is made off the clock.
         self.fresh = [
-            torch.randn(shape, generator=random) * 0.01 * (SCALE if kind == "full" else 1.0)
+            torch.randn(shape, generator=random) * 0.01 * (SCALE if self.scaled else 1.0)
             for shape in workload.shapes
         ]
         for param, grad in zip(self.params, self.fresh, strict=True):
-            param.grad = grad.clone() if kind == "full" else grad
-        self.optimizer = (CLIPPED if kind == "full" else OPTIMIZERS)[name](self.params)
+            param.grad = grad.clone() if self.scaled else grad
+        self.optimizer = optimizers(kind)[name](self.params)
+        self.averages = [param.detach().clone() for param in self.params if kind == "average"]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1_000_000)
         self.scaler.scale(torch.ones(()))  # makes the scale's tensor, as the first loss does
-        self.run = self._step if kind == "step" else self._full
+        self.run = self._full if self.scaled else self._step
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Put the gradients back, as a backward pass would."""
-        if self.kind == "full":
+        if self.scaled:
             torch._foreach_copy_([param.grad for param in self.params], self.fresh)
 
     def _step(self) -> None:
@@ -98,22 +119,29 @@ class Contestant:
 
     def _full(self) -> None:
         optimizer: Any = self.optimizer
-        if self.name == "pyupdate":
+        if self.name == OURS:
             optimizer.step(grad_scaler=self.scaler)
         else:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self.params, MAX_NORM)
             self.scaler.step(optimizer)
+            if self.averages:
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.averages, self.params, 1.0 - DECAY)
         self.scaler.update()
+
+    @property
+    def bytes(self) -> int:
+        """The least that a step moves an element, by the read and write sets of the rule."""
+        return round(pyupdate.bytes_per_parameter(self.optimizer, scaled=self.scaled))
 
 
 @torch.no_grad()
-def apart(one: Contestant, other: Contestant) -> float:
-    """The largest difference of a parameter, in fp32 eps x max(|parameter|, lr)."""
-    lr = one.optimizer.param_groups[0]["lr"]
+def apart(one: Contestant, other: Contestant, moved: float) -> float:
+    """The largest difference of a parameter, in fp32 eps x max(|parameter|, largest move)."""
 
     def of(a: Tensor, b: Tensor) -> float:
-        return float(((a - b).abs_().div_(b.abs().clamp_(min=lr)).max()) / EPS)
+        return float(((a - b).abs_().div_(b.abs().clamp_(min=moved)).max()) / EPS)
 
     return max(of(a, b) for a, b in zip(one.params, other.params, strict=True))
 
@@ -142,12 +170,16 @@ def check_alike(one: Contestant, other: Contestant, steps: int = 3) -> float:
     Raises:
         RuntimeError: further than that.
     """
+    moved = one.optimizer.param_groups[0]["lr"]
     for _ in range(steps):
+        before = [param.detach().clone() for param in other.params]
         for contestant in (one, other):
             contestant.prepare()
             contestant.run()
-    found = apart(one, other)
-    norm = error_of_torchs_norm(one.fresh) if one.kind == "full" else 0.0
+        pairs = zip(other.params, before, strict=True)
+        moved = max(moved, *(float((a.detach() - b).abs().max()) for a, b in pairs))
+    found = apart(one, other, moved)
+    norm = error_of_torchs_norm(one.fresh) if one.scaled else 0.0
     if not found <= steps * (16.0 + norm / 4.0 / EPS):
         message = f"{one.name} and {other.name} differ by {found:.1f} eps after {steps} steps"
         raise RuntimeError(message)
