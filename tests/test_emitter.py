@@ -17,7 +17,7 @@ from compiling import compiler, rules_of, shared_library
 from pyupdate.kernels import emit_cpp, rules
 from pyupdate.kernels.bind import bind
 from pyupdate.kernels.families import decay
-from pyupdate.kernels.language import analyse, divide, maximum, minimum, sqrt
+from pyupdate.kernels.language import analyse, divide, maximum, minimum, named_results, sqrt
 from pyupdate.kernels.scalar import integer_power
 
 # ----- the primitives on Python floats are IEEE's -------------------------------------------------
@@ -144,7 +144,7 @@ def test_prepare_gives_the_bits_of_python_when_compiled(name, tmp_path):
         numbers = [float(step), *rng.uniform(0.0, 1.0, taken).tolist()]
         out = (ctypes.c_double * (len(rule.hypers) + len(rule.counted)))()
         library.prepare((ctypes.c_double * len(numbers))(*numbers), out)
-        made = dict(zip(rule.prepare.results, rule.prepare.text(*numbers), strict=True))
+        made = named_results(rule.prepare, rule.prepare.text(*numbers))
         expected = [made[name] for name in (*rule.hypers, *rule.counted)]
         assert all(map(same, out, expected)), step
 

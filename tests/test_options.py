@@ -85,7 +85,7 @@ def with_option(taker: Any, **options: Any) -> Options:
     if taker is pyupdate.build:
         model: Any = pyupdate.build(torch.nn.Linear(2, 2), "sgd", **options)
         return options_of(model.current_optimizer)
-    params = [torch.nn.Parameter(torch.ones(2))]
+    params = [torch.nn.Parameter(torch.ones(2, 2))]  # a matrix, for Muon
     if taker is pyupdate.accelerate:
         return options_of(pyupdate.accelerate(torch.optim.SGD(params), **options))
     return options_of(taker(params, **options))
