@@ -19,9 +19,9 @@ __device__ void apply(void* const* role, const double* hyper, const Control* con
   const Roles<Storage> at = Roles<Storage>::of(role);
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += stride) {
-    element<Stage, Storage, T>(at, i, Taken<T>{static_cast<T>(control->multiplier),
-                                           static_cast<T>(control->clip_value)},
-                               narrowed, nullptr, nullptr, Place{control->seed, 1, 0});
+    element<Stage, Storage, T>(
+        at, i, Taken<T>{static_cast<T>(control->multiplier), static_cast<T>(control->clip_value)},
+        narrowed, nullptr, nullptr, Place{control->seed, 1, 0});
   }
 }
 
