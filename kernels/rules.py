@@ -7,6 +7,7 @@ comes from that text.
 
 from __future__ import annotations
 
+from .families.adafactor import adafactor
 from .families.adagrad import adadelta, adagrad
 from .families.adam import adam, adam_amsgrad, adamw, adamw_amsgrad
 from .families.adam_like import adamax, radam
@@ -35,7 +36,7 @@ RULES = {
         *(adagrad, adadelta, adamax, radam),
         *(nadam, rprop, asgd, schedulefree_adamw),
         *(lion, ademamix, adopt, adan),
-        muon,
+        *(muon, adafactor),
         *(lars, lars_momentum, lamb, novograd, stable_adamw),
     )
 }

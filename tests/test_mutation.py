@@ -250,6 +250,9 @@ def rules_hold(found: Mapping[str, Rule]) -> None:
             count=2,
         )
         assert state["momentum_buffer"].item() == 1.0 + (3.0 - 1.0) * 0.25
+    if "adafactor" in found:
+        hypers, _ = found["adafactor"].prepared(16, [0.5, -0.75, 0.25], {})
+        assert hypers == {"decay": 0.875, "rho": 0.25, "one_minus_beta2": 0.125}
 
 
 def schedulefree_holds(found: Rule) -> None:

@@ -128,7 +128,7 @@ def test_wrong_parameters_are_refused_in_torchs_words(ours, theirs, params):
 def test_arguments_by_position_and_defaults(ours, theirs):
     param = nn.Parameter(torch.ones(2, 2))  # a matrix, for Muon
     third: dict[str, Any] = {"SGD": 0.9, "RMSprop": 0.9, "Adagrad": 0.5, "Adadelta": 0.8}
-    third |= {"Rprop": (0.4, 1.5), "Muon": 0.5}
+    third |= {"Rprop": (0.4, 1.5), "Muon": 0.5, "Adafactor": -0.5}
     for args in ((), (0.1,), (0.1, third.get(theirs.__name__, (0.8, 0.9)))):
         assert ours([param], *args).defaults == theirs([param], *args).defaults
     named = [("weight", param)]

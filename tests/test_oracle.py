@@ -29,8 +29,12 @@ full_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64]
 def test_every_rule_has_its_rows():
     elementwise = {name for name, rule in RULES.items() if len(rule.stages) == 1}
     for cases in (CASES + OTHERS, FULL + FULL_OTHERS, [hand.case for hand in HANDS]):
-        # What has a file of its own: test_schedulefree.py, test_muon.py.
-        assert {case.name for case in cases} == elementwise - {"schedulefree_adamw", "muon"}
+        # What has a file of its own: test_schedulefree.py, test_muon.py, test_adafactor.py.
+        assert {case.name for case in cases} == elementwise - {
+            "schedulefree_adamw",
+            "muon",
+            "adafactor",
+        }
 
 
 @every_case

@@ -10,7 +10,8 @@ The flags ``foreach`` and ``fused`` are checked as torch does and otherwise make
 
 from __future__ import annotations
 
-from . import layerwise, muon, others, schedulefree, stock
+from . import adafactor, layerwise, muon, others, schedulefree, stock
+from .adafactor import Adafactor
 from .adopt import accelerate
 from .layerwise import LAMB, LARS, NovoGrad, StableAdamW
 from .muon import Muon, split_for_muon
@@ -22,7 +23,7 @@ from .stock import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAd
 
 CLASSES: dict[str, type[Planned]] = {
     name: kind
-    for home in (stock, layerwise, muon, others, schedulefree)
+    for home in (stock, adafactor, layerwise, muon, others, schedulefree)
     for name, kind in vars(home).items()
     if isinstance(kind, type) and issubclass(kind, Planned) and kind is not Planned
 }
@@ -36,6 +37,7 @@ __all__ = [
     "SGD",
     "AdEMAMix",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",

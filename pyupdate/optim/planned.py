@@ -41,13 +41,14 @@ def planned(
     *,
     counts_steps: bool,
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None,
+    check: Callable[[Any, Sequence[Row]], None] | None = None,
 ) -> Callable[[_P], _P]:
     """Declare of a class which rule steps its groups, and whether it keeps ``state[p]["step"]``.
 
-    `finish` is what `OptimizerRow.finish` says.
+    `finish` and `check` are what `OptimizerRow` says.
     A class on one of ``torch.optim`` also becomes what `accelerate` makes of that one.
     """
-    row = OptimizerRow(rule, counts_steps, finish)
+    row = OptimizerRow(rule, counts_steps, finish, check)
 
     def declare(cls: _P) -> _P:
         engine.ROWS[cls] = row

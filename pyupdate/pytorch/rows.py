@@ -37,11 +37,14 @@ class OptimizerRow:
         counts_steps: whether torch keeps ``state[p]["step"]`` for it.
         finish: of an optimizer that no rule can say whole, what follows the rule's passes where
             they were not skipped: it gets the optimizer, the plan's rows and what the step did.
+        check: what it refuses of the optimizer and the plan's rows before anything is done, beside
+            what every step refuses.
     """
 
     rule: Callable[[Group], Rule]
     counts_steps: bool
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None
+    check: Callable[[Any, Sequence[Row]], None] | None = None
 
 
 @dataclass(frozen=True)

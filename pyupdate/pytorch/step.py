@@ -331,9 +331,11 @@ def _step_once(
     key = None if only is None else tuple(map(id, only))
     for _ in range(3):
         plan = _plan(engine, inputs, rules, key)
+        assert engine.row is not None
+        if engine.row.check is not None:
+            engine.row.check(optimizer, plan.rows)
         try:
             last = plan.step(inputs, options_of(optimizer), scaling)
-            assert engine.row is not None
             if engine.row.finish is not None and not last.skipped:
                 engine.row.finish(optimizer, plan.rows, last)
             return last
