@@ -413,3 +413,20 @@ def test_the_pass_runs_compiled(compiled):
     optimizer.step()
     (plan,) = engine_of(optimizer).plans.values()
     assert plan.backends == ("cpu",)
+
+
+def test_update_model_leaves_a_stock_one_to_torch_unless_it_was_accelerated():
+    # Torch's loop is the faster one on large matrices.
+    model = pyupdate.build(torch.nn.Linear(3, 2), lambda p: torch.optim.Adafactor(p))
+    optimizer: Any = model.current_optimizer
+    twin = torch.nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    truth = torch.optim.Adafactor(twin.parameters())
+    x = torch.ones(4, 3)
+    pyupdate.update_model(model, model(x) ** 2)
+    (twin(x) ** 2).mean().backward()
+    truth.step()
+    assert type(optimizer) is torch.optim.Adafactor
+    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(param, expected)
+    assert isinstance(pyupdate.accelerate(optimizer), pyupdate.optim.Adafactor)

@@ -45,7 +45,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
     checked = options_from(options, "accelerate")
     if not isinstance(optimizer, Planned):
         drop_in = DROP_INS.get(type(optimizer))
-        if drop_in is None or not engine.has_rule(optimizer):
+        if drop_in is None or not engine.is_as_made(optimizer):
             names = ", ".join(f"torch.optim.{kind.__name__}" for kind in DROP_INS)
             found = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             why = ""

@@ -42,13 +42,14 @@ def planned(
     counts_steps: bool,
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None,
     check: Callable[[Any, Sequence[Row]], None] | None = None,
+    unasked: bool = True,
 ) -> Callable[[_P], _P]:
     """Declare of a class which rule steps its groups, and whether it keeps ``state[p]["step"]``.
 
-    `finish` and `check` are what `OptimizerRow` says.
+    `finish`, `check` and `unasked` are what `OptimizerRow` says.
     A class on one of ``torch.optim`` also becomes what `accelerate` makes of that one.
     """
-    row = OptimizerRow(rule, counts_steps, finish, check)
+    row = OptimizerRow(rule, counts_steps, finish, check, unasked)
 
     def declare(cls: _P) -> _P:
         engine.ROWS[cls] = row

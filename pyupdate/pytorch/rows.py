@@ -39,12 +39,15 @@ class OptimizerRow:
             they were not skipped: it gets the optimizer, the plan's rows and what the step did.
         check: what it refuses of the optimizer and the plan's rows before anything is done, beside
             what every step refuses.
+        unasked: whether `update_model` steps a stock optimizer of torch's by it, too; not where
+            torch's own step may be the faster one.
     """
 
     rule: Callable[[Group], Rule]
     counts_steps: bool
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None
     check: Callable[[Any, Sequence[Row]], None] | None = None
+    unasked: bool = True
 
 
 @dataclass(frozen=True)

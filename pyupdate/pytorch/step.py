@@ -82,8 +82,12 @@ def has_rule(optimizer: object) -> bool:
         return False
     if isinstance(optimizer, Planned):
         return True
-    if type(optimizer) not in ROWS:
-        return False
+    row = ROWS.get(type(optimizer))
+    return row is not None and row.unasked and is_as_made(optimizer)
+
+
+def is_as_made(optimizer: Optimizer) -> bool:
+    """Whether a stock optimizer's step is torch's own, and one that ours can stand in for."""
     if any(group.get("differentiable", False) for group in optimizer.param_groups):
         return False  # torch's own step is differentiable, ours is not
     own = optimizer.__dict__.get("step")
