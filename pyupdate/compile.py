@@ -147,7 +147,9 @@ def _compile(path: Path, rules: Mapping[str, Rule], name: str, output: Path) -> 
     ):
         file.write_text(text, encoding="utf-8")
     _say(f"{package}: made in {time.monotonic() - began:.0f} s with {info['compiler']}")
-    _say(f"install it by `pip install {output}`, and `import {name}` before the first step")
+    _say(
+        f"install it by `pip install {output.resolve()}`, and `import {name}` before the first step"
+    )
 
 
 def _say(line: str) -> None:

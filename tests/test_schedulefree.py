@@ -134,6 +134,16 @@ def test_a_step_in_evaluation_mode_is_refused(backend):
     assert any(not torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
+def test_a_change_of_mode_is_refused_while_averages_are_in_the_model(backend):
+    param = nn.Parameter(torch.ones(2))
+    optimizer = made([param], ema_decay=0.5)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    with pyupdate.averaged_weights(optimizer), pytest.raises(RuntimeError, match="leave the block"):
+        optimizer.eval()
+    assert optimizer.param_groups[0]["train_mode"]
+
+
 def test_both_modes_are_kept_in_a_state_dict(backend):
     params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
     first, second = made(params[:1], lr=0.5), made(params[1:], lr=0.5)

@@ -10,6 +10,7 @@ import torch
 from ..kernels import rules
 from ..kernels.language import Rule
 from ..pytorch.rows import Group
+from ..pytorch.step import check_not_swapped, engine_of
 from . import arguments
 from .planned import Planned, planned
 
@@ -111,6 +112,7 @@ class ScheduleFreeAdamW(Planned):
         self._move(to_training=True)
 
     def _move(self, *, to_training: bool) -> None:
+        check_not_swapped(engine_of(self))  # leaving the block would undo the move, not the mode
         for group in self.param_groups:
             if group["train_mode"] is to_training:
                 continue
