@@ -22,6 +22,7 @@ from .grammar import error_at
 from .language import Before, Initial, Rule, RuleError, Text, analyse, divide
 
 _GIVEN = ("param", "grad", "step", "numel")
+_KEPT = ("ema",)  # under which an average stands beside the state
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -182,12 +183,15 @@ def rule(
                 raise TypeError(message)
         first = text.__code__.co_firstlineno
         for name in (*state, *scalars):
-            if not name.isidentifier() or name in _GIVEN:
+            if not name.isidentifier() or name in (*_GIVEN, *_KEPT):
                 raise error_at(text, first, f"state cannot be named '{name}'")
         made = prepare
         if made is None:
             made = _passing(text, _numbers({*_GIVEN, *state, *scalars}, (*before, text)))
         checked = language.rule(state=state, prepare=made, after=after, scalars=scalars)(text)
+        touched = {name for s in checked.stages for name in (*s.elements, *s.writes)}
+        if unused := [name for name in state if name not in touched]:
+            raise error_at(text, first, f"state {unused} is taken by no function of the rule")
         for name, value in (defaults or {}).items():
             if name not in checked.numbers:
                 there = ", ".join(checked.numbers) or "none"

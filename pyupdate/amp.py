@@ -99,6 +99,23 @@ def tell(scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: La
     state["stage"] = OptState.STEPPED
 
 
+def tell_what_is_found(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+    """Record inf and nan of gradients whose step was refused, as torch's ``unscale_`` would have.
+
+    ``scaler.update()`` then lowers the scale, or the refusal would come again at every step.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return
+    state = _state_of(scaler, optimizer)
+    if state["stage"] is not OptState.READY or scaler._scale is None:
+        return
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    finite = all(grad is None or bool(torch.isfinite(grad).all()) for grad in grads)
+    device = scaler._scale.device
+    found = torch.full((), float(not finite), dtype=torch.float32, device=device)
+    state["found_inf_per_device"] = {device: found}
+
+
 def count(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
     """Record that gradients of this scale were added up and not stepped yet.
 

@@ -268,9 +268,9 @@ def test_a_state_dict_carries_the_position(backend):
     resumed: Any = copy.deepcopy(network())
     resumed.model_name = "net"
     resumed.current_optimizer = ADAMW.ours(resumed.parameters(), accumulation_steps=K)
-    resumed.current_optimizer.load_state_dict(saved)
     for param, old in zip(resumed.parameters(), model.parameters(), strict=True):
         param.grad = old.grad.clone()
+    resumed.current_optimizer.load_state_dict(saved)
     for turn in range(1, K):
         pyupdate.update_model(resumed, loss_of(resumed, turn))
     torchs_window(twin, other, range(K), None)
@@ -310,3 +310,20 @@ def test_a_scheduler_warns_until_a_step_was_made(backend):
     with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before"):
         scheduler.step()
     assert engine_of(optimizer).last is None
+
+
+def own_loop(**options: Any) -> tuple[nn.Parameter, Any]:
+    param = nn.Parameter(torch.zeros(1))
+    return param, pyupdate.optim.SGD([param], lr=1.0, accumulation_steps=4, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_loaded_window_without_gradients_is_closed(steps, backend):
+    param, optimizer = own_loop()
+    (param * 1.0).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = nn.Parameter(torch.zeros(1))
+    resumed = pyupdate.optim.SGD([other], lr=1.0, accumulation_steps=steps)
+    resumed.load_state_dict(saved)
+    assert POSITION not in resumed.param_groups[0]

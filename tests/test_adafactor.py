@@ -240,10 +240,8 @@ def test_bad_arguments_have_torchs_words(arguments):
 def test_what_cannot_be_had_is_refused_by_name(option):
     param = nn.Parameter(torch.ones(2, 2))
     param.grad = torch.ones(2, 2)
-    optimizer = Adafactor([param], **option)
     with pytest.raises(ValueError, match=f"Adafactor cannot be had with {next(iter(option))}"):
-        optimizer.step()
-    assert not optimizer.state
+        Adafactor([param], **option).step()
     assert param.tolist() == [[1.0, 1.0]] * 2
 
 

@@ -353,3 +353,13 @@ def test_who_keeps_no_averages_says_so(backend):
     early = pyupdate.build(nn.Linear(2, 2), "adamw", ema_decay=DECAY)
     with pyupdate.averaged_weights(early):
         pass  # no step yet: every average is the parameter
+
+
+def test_a_deferred_update_of_averages_is_refused(backend):
+    model = pyupdate.build(torch.nn.Linear(2, 1), "adamw", ema_decay=0.5)
+    pyupdate.update_model(model, model(torch.ones(3, 2)))
+    waiting: dict[str, Any] = {}
+    refused = pytest.raises(RuntimeError, match="leave the block first")
+    with pyupdate.averaged_weights(model), refused:
+        pyupdate.update_model(model, model(torch.ones(3, 2)), defer=True, deferred=waiting)
+    assert not waiting and model.weight.grad is None

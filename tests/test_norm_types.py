@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,3 +244,29 @@ def test_a_scaler_is_told_of_a_skip_beside_it(backend):
     scaler.update()
     assert last(optimizer).skipped
     assert scaler.get_scale() == SCALE / 2
+
+
+@pytest.mark.parametrize("bad", [math.inf, 1e30], ids=["inf", "overflow"])
+def test_the_scale_falls_as_torchs_does_when_the_norm_is_refused(bad, backend):
+    scales = []
+    for kind in (pyupdate.optim.SGD, torch.optim.SGD):
+        param = nn.Parameter(torch.ones(2))
+        ours: Any = {"max_norm": 1.0, "error_if_nonfinite": True}
+        optimizer = kind([param], **(ours if kind is pyupdate.optim.SGD else {}))
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))
+        param.grad = torch.tensor([1.0, bad])
+
+        def refused(optimizer: Any = optimizer, scaler: Any = scaler, param: Any = param) -> None:
+            if isinstance(optimizer, pyupdate.optim.SGD):
+                scaler.step(optimizer)
+                return
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([param], 1.0, error_if_nonfinite=True)
+
+        with pytest.raises(RuntimeError, match="non-finite"):
+            refused()
+        scaler.update()
+        scales.append(scaler.get_scale())
+        assert param.tolist() == [1.0, 1.0]
+    assert scales[0] == scales[1] == (8.0 if math.isfinite(bad) else 4.0)

@@ -429,6 +429,16 @@ def undefined(param, state, lr):
             "'momentum' begins as 'mu', which is none of the numbers ('max_norm',)",
         ),
         (
+            lambda: pyupdate.rule(state={"ema": 0.0})(taken),
+            RuleError,
+            "state cannot be named 'ema'",
+        ),
+        (
+            lambda: pyupdate.rule(state={"mistyped": 0.0})(taken),
+            RuleError,
+            "state ['mistyped'] is taken by no function",
+        ),
+        (
             lambda: pyupdate.rule(state={"step": 0.0})(taken),
             RuleError,
             f"test_own_rules.py:{line_of(taken)}: in taken: state cannot be named 'step'",
@@ -524,3 +534,21 @@ def test_absolute_and_sign_are_exact_on_every_value():
     assert [sign(x) for x in special] == [np.sign(x) for x in special]
     assert str(absolute(-0.0)) == "0.0"
     assert absolute(np.nan) != absolute(np.nan)
+
+
+def test_a_rule_that_nobody_compiled_says_so_once(compiled, caplog):
+    made = pyupdate.rule(taken_by_the_log)
+    for _ in range(2):
+        param = torch.nn.Parameter(torch.ones(2))
+        param.grad = torch.ones(2)
+        from_rule(made)([param], lr=0.5).step()
+    said = [record.getMessage() for record in caplog.records if record.name == "pyupdate"]
+    assert said == [
+        "back end 'cpu' cannot run here, falling back: rule 'taken_by_the_log' is not compiled "
+        "(python -m pyupdate.compile)"
+    ]
+
+
+def taken_by_the_log(param, grad, lr):
+    param = param - lr * grad
+    return param

@@ -189,3 +189,25 @@ def test_memory_shared_with_a_parameter_that_is_not_stepped_is_fine(way, backend
     first.grad = torch.ones(4)
     optimizer.step()
     assert torch.equal(first, second) and first[0] != 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("betas", (0.9,), r"'betas' is \(0\.9,\), so rule 'adamw' has no number 'beta2'"),
+        ("lr", "x", "'lr' is 'x'"),
+        ("lr", torch.tensor([0.1, 0.2]), r"'lr' is tensor\(\[0\.1000, 0\.2000\]\)"),
+        ("eps", None, "'eps' is None"),
+        ("eps", KeyError, "'eps' is missing"),
+    ],
+)
+def test_a_group_without_a_number_is_refused_by_name(key, value, says, backend):
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = pyupdate.optim.AdamW([param])
+    param.grad = torch.ones(2)
+    optimizer.param_groups[0][key] = value
+    if value is KeyError:
+        del optimizer.param_groups[0][key]
+    with pytest.raises(ValueError, match=says):
+        optimizer.step()
+    assert param.tolist() == [1.0, 1.0] and not optimizer.state

@@ -107,7 +107,7 @@ def backend_for(device_type: str) -> Backend:
         reason = _why_not(backend)
         if reason is None:
             return backend
-        _say_once(backend.name, reason)
+        say_once(backend.name, reason)
     return BACKENDS[-1]
 
 
@@ -133,5 +133,6 @@ def _why_not(backend: Backend) -> str | None:
 
 
 @cache
-def _say_once(name: str, reason: str) -> None:
+def say_once(name: str, reason: str) -> None:
+    """Log why a back end is passed over; each reason once a process."""
     _log.warning("back end %r cannot run here, falling back: %s", name, reason)

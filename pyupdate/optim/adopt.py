@@ -54,6 +54,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
                 why = " with differentiable=True" if differentiable else " whose step was replaced"
             message = f"cannot accelerate {found}{why}; accepted are {names} as torch made them"
             raise TypeError(message)
+    engine.check_options(type(optimizer), checked)
     wide = state.converted(optimizer, checked.state_dtype)
     if not isinstance(optimizer, Planned):
         scheduled = optimizer.__dict__.pop("step", None)

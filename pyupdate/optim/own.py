@@ -74,7 +74,7 @@ class RuleOptimizer(Planned, metaclass=_MadeOfRules):
 
 _made: dict[int, type[RuleOptimizer]] = {}
 # Names in a group that mean something to torch or to us, and so can be no number of a rule.
-_TAKEN = ("params", "maximize", "differentiable", "capturable", "foreach", "fused")
+_TAKEN = ("params", "maximize", "differentiable", "capturable", "foreach", "fused", "accumulated")
 
 
 def from_rule(rule: Rule) -> type[RuleOptimizer]:

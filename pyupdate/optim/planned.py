@@ -71,6 +71,7 @@ class Planned(Optimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         self.pyupdate_options = Options(**given)
+        engine.check_options(type(self), self.pyupdate_options)
         super().__init__(*args, **kwargs)
         wanted = self.pyupdate_options.state_dtype
         for inner, key, value in state.converted(self, wanted):  # Adagrad's constructor makes state
@@ -139,13 +140,15 @@ class Planned(Optimizer):
         """Load what ``state_dict`` returned, of this class or of torch's.
 
         As torch's, but that float32 state of bfloat16 and float16 parameters stays float32, and
-        with ``state_dtype`` all of it becomes float32.
+        with ``state_dtype`` all of it becomes float32. An open window of ``accumulation_steps``
+        goes on only where its gradients are in `.grad` already.
 
         Args:
             state_dict: what ``state_dict()`` returned.
         """
         with state.kept_on_load(self, engine.options_of(self).state_dtype):
             super().load_state_dict(state_dict)
+        accumulation.check_loaded(self)
 
     def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         asked_for = engine.options_of(self).asked_for

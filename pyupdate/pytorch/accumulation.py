@@ -114,6 +114,14 @@ def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> W
     return Window(optimizer, touched)
 
 
+def check_loaded(optimizer: Any) -> None:
+    """Close windows that a loaded state dict says are open, but whose gradients are not there."""
+    windows = step.options_of(optimizer).accumulation_steps > 1
+    for group in optimizer.param_groups:
+        if not windows or all(param.grad is None for param in group["params"]):
+            group.pop(POSITION, None)
+
+
 def micro_step(
     optimizer: Any, window: Window, whole: Callable[..., Any], closure: Any, scaler: Any
 ) -> Any:

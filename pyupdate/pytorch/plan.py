@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ..backends import AUTO, backend_for, choice
+from ..backends import AUTO, backend_for, choice, say_once
 from ..backends import cpu as cpu_backend
 from ..backends import reference as reference_backend
 from ..kernels.reduction import halving_tree, largest
@@ -67,7 +67,9 @@ class Plan:
             return None
         rule = self.rules[row.group].rule
         module = cpu_backend.module_with(rule)
-        if module is None and self.choice != AUTO:
+        if module is None and self.choice == AUTO:
+            say_once("cpu", f"rule '{rule.name}' is not compiled (python -m pyupdate.compile)")
+        elif module is None:
             message = (
                 f"back end 'cpu' was chosen, but rule '{rule.name}' is not compiled: "
                 "choose 'auto' or 'reference'"

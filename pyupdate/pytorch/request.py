@@ -25,6 +25,10 @@ class Scaling:
     found: bool = False
 
 
+class NormNotFinite(RuntimeError):
+    """What `Options.error_if_nonfinite` asks for."""
+
+
 class Request(NamedTuple):
     """One step as every back end takes it; csrc/bindings.cpp reads it in this order.
 
@@ -64,7 +68,7 @@ class Request(NamedTuple):
                 "`parameters` is non-finite, so it cannot be clipped. To disable this error and "
                 "scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
             )
-            raise RuntimeError(message)
+            raise NormNotFinite(message)
 
 
 def request_of(options: Options, scaling: Scaling) -> Request:

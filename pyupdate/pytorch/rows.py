@@ -91,14 +91,26 @@ def numbers_of(rule: Rule, group: Group) -> list[float]:
     """The sign of the gradient and the rule's numbers, read from a group.
 
     A number that the group lacks is an element of a tuple: ``beta1`` is ``betas[0]``.
+
+    Raises:
+        ValueError: it is not there, or no number.
     """
     sign = -1.0 if group.get("maximize", False) else 1.0
     numbers = [sign]
     for name in rule.numbers:
-        if name in group:
-            numbers.append(float(group[name]))
-        else:
-            numbers.append(float(group[f"{name[:-1]}s"][int(name[-1]) - 1]))
+        try:
+            if name in group:
+                numbers.append(float(group[name]))
+            else:
+                numbers.append(float(group[f"{name[:-1]}s"][int(name[-1]) - 1]))
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            key = name if name in group else f"{name[:-1]}s" if name[-1:].isdigit() else name
+            found = repr(group[key]) if key in group else "missing"
+            message = (
+                f"a parameter group's {key!r} is {found}, so rule '{rule.name}' has no number "
+                f"{name!r}: set it to what the optimizer's constructor takes"
+            )
+            raise ValueError(message) from error
     return numbers
 
 

@@ -19,7 +19,7 @@ from ..backends import choice
 from ..backends import cpu as cpu_backend
 from ..options import LastUpdate, Options
 from .plan import Plan
-from .request import Scaling
+from .request import NormNotFinite, Scaling
 from .rows import GroupRule, Inputs, OptimizerRow, Stale, numbers_of, rows_of
 
 Closure = Callable[[], Any]
@@ -124,6 +124,19 @@ def options_of(optimizer: Optimizer) -> Options:
 
 _PLAIN = Options()
 
+
+def check_options(kind: type[Optimizer], options: Options) -> None:
+    """Refuse an option that a class cannot have.
+
+    Raises:
+        ValueError: names both.
+    """
+    row = next((ROWS[base] for base in kind.__mro__ if base in ROWS), None)
+    if row is not None and row.finish is not None and options.ema_decay is not None:
+        message = f"{kind.__name__} cannot be had with ema_decay: leave one of them out"
+        raise ValueError(message)
+
+
 _JOINABLE = frozenset({"max_norm", "norm_type", "clip_value", "skip_nonfinite", "state_dtype"})
 """The options that a region of several optimizers' steps knows for each."""
 
@@ -157,7 +170,11 @@ def _planned_step(
         scaling = replace(scaling, unscale=scaling.unscale / engine.micro_batches)
     with _locked(engine):
         rules, inputs = _read(optimizer, engine)
-        engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)
+        try:
+            engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)
+        except NormNotFinite:
+            amp.tell_what_is_found(grad_scaler, optimizer)
+            raise
     amp.tell(grad_scaler, optimizer, engine.last)
     _mark_stepped(optimizer)
     return loss
@@ -318,9 +335,6 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
     numbers = [numbers_of(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
     options = options_of(optimizer)
     averages = options.ema_decay is not None
-    if averages and row.finish is not None:
-        message = f"{type(optimizer).__name__} cannot be had with ema_decay: leave one of them out"
-        raise ValueError(message)
     return rules, Inputs(groups, optimizer.state, numbers, options.state_dtype, averages)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyupdate import amp
 
-from . import accumulation, apply, deferral, gradients, in_backward, reentrant
+from . import accumulation, apply, deferral, gradients, in_backward, reentrant, step
 
 
 def update(
@@ -25,6 +25,8 @@ def update(
     name = deferral.name_of(model)
     deferral.check_deferred(name, defer, deferred)
     optimizer = apply.optimizer_of(model, name)
+    if step.has_rule(optimizer):
+        step.check_not_swapped(step.engine_of(optimizer))
     scaler = _enabled(scaler)
     during = in_backward.is_wanted(model)
     if during:
