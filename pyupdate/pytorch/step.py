@@ -68,10 +68,11 @@ def row_of(optimizer: Optimizer) -> OptimizerRow | None:
     """How an optimizer's class maps to rules, None if it does not."""
     from .. import optim  # noqa: F401 - fills ROWS
 
-    for kind in type(optimizer).__mro__:
-        if kind in ROWS:
-            return ROWS[kind]
-    return None
+    return _row_of_class(type(optimizer))
+
+
+def _row_of_class(kind: type) -> OptimizerRow | None:
+    return next((ROWS[base] for base in kind.__mro__ if base in ROWS), None)
 
 
 def has_rule(optimizer: object) -> bool:
@@ -131,7 +132,7 @@ def check_options(kind: type[Optimizer], options: Options) -> None:
     Raises:
         ValueError: names both.
     """
-    row = next((ROWS[base] for base in kind.__mro__ if base in ROWS), None)
+    row = _row_of_class(kind)
     if row is not None and row.finish is not None and options.ema_decay is not None:
         message = f"{kind.__name__} cannot be had with ema_decay: leave one of them out"
         raise ValueError(message)
