@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 # Read when torch loads OpenMP: threads that wait give the core away. Two that spin on two cores
@@ -76,6 +77,14 @@ def threads() -> Iterator[tuple[int, ...]]:
     before = torch.get_num_threads()
     yield (1, 2, 3, 7)
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def backend_of_case(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test that is parametrised by a `training.Case` on the back end of its case."""
+    case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
+    with nullcontext() if case is None else case.on_backend():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -163,7 +163,10 @@ def test_what_is_no_max_norm_is_refused(max_norm):
 
 def test_a_differentiable_step_does_not_clip_and_says_so(backend):
     params = params_of()
-    optimizer = pyupdate.optim.AdamW(params, differentiable=True, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_norm.*differentiable.*clip_grad_norm_"):
+        pyupdate.optim.AdamW(params, differentiable=True, max_norm=1.0)
+    optimizer = pyupdate.optim.AdamW(params, max_norm=1.0)
+    optimizer.param_groups[0]["differentiable"] = True
     set_grads(params, 0, 1.0)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=r"max_norm.*differentiable.*clip_grad_norm_"):

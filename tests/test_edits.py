@@ -150,6 +150,19 @@ def test_lazily_negated_memory_is_never_written(what, backend):
     assert torch.equal(param, before) and torch.equal(opposite, -torch.ones(3))
 
 
+def test_inference_tensors_are_refused_outside_of_inference_mode(backend):
+    with torch.inference_mode():
+        param = nn.Parameter(torch.ones(3), requires_grad=False)
+    param.grad = torch.ones(3)
+    optimizer = pyupdate.optim.SGD([param], lr=0.5)
+    with pytest.raises(TypeError, match=r"inference tensor.*inference_mode.*clone"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    with torch.inference_mode():
+        optimizer.step()
+    assert torch.equal(param, torch.full((3,), 0.5))
+
+
 @ways
 @pytest.mark.parametrize("number", [3, 3.0], ids=["int", "float"])
 def test_plain_numbers_as_step_counters(way, number, backend):

@@ -159,9 +159,11 @@ def test_options_survive_copies_and_pickles():
 def test_a_differentiable_step_has_none_of_them_and_says_so(name, way, backend):
     params = params_of()
     options = {name: TAKEN[name]} | BESIDE.get(name, {})
-    optimizer: Any = optimizer_of("ours", ADAMW, params, differentiable=way == "ours", **options)
-    if way == "accelerated":  # switched on later
-        optimizer.param_groups[0]["differentiable"] = True
+    if way == "ours":
+        with pytest.raises(ValueError, match=f"{name}.*differentiable.*clip_grad_norm_"):
+            optimizer_of("ours", ADAMW, params, differentiable=True, **options)
+    optimizer: Any = optimizer_of(way, ADAMW, params, **options)
+    optimizer.param_groups[0]["differentiable"] = True  # switched on later
     set_grads(params, 0, 1.0)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=f"{name}.*differentiable.*clip_grad_norm_"):

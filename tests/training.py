@@ -166,3 +166,7 @@ def assert_untouched(before: Any, *models: nn.Module) -> None:
 
 def _clone(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.clone()
+
+
+def scaler_of(scale: float = 2.0**10, **options: Any) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale, **options)

@@ -73,6 +73,8 @@ class Planned(Optimizer):
         self.pyupdate_options = Options(**given)
         engine.check_options(type(self), self.pyupdate_options)
         super().__init__(*args, **kwargs)
+        if self._is_differentiable():
+            self._check_differentiable()
         wanted = self.pyupdate_options.state_dtype
         for inner, key, value in state.converted(self, wanted):  # Adagrad's constructor makes state
             inner[key] = value
@@ -106,8 +108,7 @@ class Planned(Optimizer):
             TypeError, ValueError: something is refused; nothing was written.
             RuntimeError: a second step before ``scaler.update()``.
         """
-        differentiable = any(group.get("differentiable", False) for group in self.param_groups)
-        window = None if differentiable else accumulation.window_of(self)
+        window = None if self._is_differentiable() else accumulation.window_of(self)
         if window is not None:
             return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
         given: dict[str, Any] = {} if grad_scaler is None else {"grad_scaler": grad_scaler}
@@ -123,7 +124,7 @@ class Planned(Optimizer):
         grad_scaler: GradScaler | None = None,
     ) -> Any:
         """A step that is made, not only counted: the hooks and schedulers see these."""
-        if any(group.get("differentiable", False) for group in self.param_groups):
+        if self._is_differentiable():
             return self._differentiable_step(closure, grad_scaler)
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
 
@@ -150,7 +151,11 @@ class Planned(Optimizer):
             super().load_state_dict(state_dict)
         accumulation.check_loaded(self)
 
-    def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
+    def _is_differentiable(self) -> bool:
+        return any(group.get("differentiable", False) for group in self.param_groups)
+
+    def _check_differentiable(self) -> None:
+        """Refuse options, of which torch's own step knows nothing."""
         asked_for = engine.options_of(self).asked_for
         if asked_for:
             message = (
@@ -159,6 +164,9 @@ class Planned(Optimizer):
                 "yourself, or leave one of them out"
             )
             raise ValueError(message)
+
+    def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
+        self._check_differentiable()
         engine.check_closure(closure, scaler)
         found = amp.unscale(scaler, self)
         loss = None if found else _stock_step(self)(self, closure)

@@ -163,6 +163,11 @@ def _check_kind(tensor: torch.Tensor, what: str) -> None:
         kind = f"quantised ({tensor.dtype})"
     elif tensor.is_nested:
         kind = "nested"
+    elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+        kind = (
+            "an inference tensor, which torch lets nobody write outside of torch.inference_mode(): "
+            "give it memory of its own with .clone()"
+        )
     elif tensor.is_neg():
         kind = "lazily negated: give it memory of its own with .resolve_neg()"
     elif tensor.device.type == "meta":
