@@ -5,6 +5,7 @@
 #   make test     the tests, without those of minutes (make slow)
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
 #   make bench    the benchmarks
+#   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make venv     only the virtual environment, to install another build of torch in it first
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo test slow lint format bench check-aarch64 check-device clean
+.PHONY: install venv demo test slow lint format bench predicted check-aarch64 check-device clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -58,6 +59,9 @@ slow: $(installed)
 bench: $(installed)
 	$(bin)/python -m pytest benchmarks --benchmark-only $(PYTEST)
 	$(bin)/python benchmarks/ratios.py
+
+predicted: $(installed)
+	$(bin)/python benchmarks/predicted.py
 
 lint: $(installed)
 	$(bin)/ruff check .
