@@ -4,8 +4,8 @@
     python benchmarks/ratios.py                 # all workloads, three processes each
     python benchmarks/ratios.py --processes 1   # a first look
 
-A pair is measured in a process of its own, with no other model alive: compared, warmed up, then
-timed in rounds of one step each, in alternating order, with garbage collection off. Said is the
+A pair is measured in a process of its own, with no other model alive: compared with the rule in
+fp64, warmed up, then timed in rounds of one step each, in alternating order, with garbage collection off. Said is the
 median over the rounds' ratios. Before and after, a fixed stream of memory is timed; where the two
 differ by more than 15 %, the machine was not the same throughout, and the process is thrown away
 and repeated.
@@ -14,93 +14,54 @@ and repeated.
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
-from workloads import (
-    DEFAULTS,
-    KINDS,
-    LAYERWISE,
-    OURS,
-    THREADS,
-    WORKLOADS,
-    Contestant,
-    Workload,
-    check_alike,
-    optimizers,
-)
+from workloads import DEFAULTS, LAYERWISE, THREADS, WORKLOADS, pair
 
-import pyupdate
-from pyupdate import info
+from pyupdate import optim
+from pyupdate.bench import timing
+from pyupdate.bench.contestants import KINDS, OURS, Workload
+from pyupdate.bench.timing import MOVED
+from pyupdate.bench.truth import check
 
-ROUNDS = 30  # at least
 SECONDS = 4.0  # of timing, at least
-WARM = 5
-MOVED = 0.15
 ATTEMPTS = 5
 ALL_KINDS = (*KINDS, *DEFAULTS, *LAYERWISE)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def calibrate() -> float:
-    """The median time of a stream through 192 MiB, which no cache holds: a + b -> c."""
-    a, b, c = (torch.ones(1 << 24) for _ in range(3))
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        torch.add(a, b, out=c)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def timed(contestant: Contestant) -> float:
-    contestant.prepare()
-    start = time.perf_counter()
-    contestant.run()
-    return time.perf_counter() - start
-
-
 def measure(workload: Workload, kind: str) -> dict[str, Any]:
     """One process's answer for one pair."""
-    torch.set_num_threads(THREADS)
-    before = calibrate()
-    baseline = next(iter(optimizers(kind)))
-    pair = [Contestant(baseline, workload, kind), Contestant(OURS, workload, kind)]
-    eps = None if kind in LAYERWISE else check_alike(*pair)  # LAMB is no AdamW
-    moved = pair[1].bytes
-    for contestant in pair * WARM:
-        timed(contestant)
-    gc.collect()
-    gc.disable()
-    times: dict[str, list[float]] = {baseline: [], OURS: []}
-    end = time.perf_counter() + SECONDS
-    while len(times[OURS]) < ROUNDS or time.perf_counter() < end:
-        for contestant in pair if len(times[OURS]) % 2 == 0 else reversed(pair):
-            times[contestant.name].append(timed(contestant))
-    gc.enable()
-    pair.clear()
-    after = calibrate()
-    ratios = [a / b for a, b in zip(times[baseline], times[OURS], strict=True)]
+    with timing.settled(THREADS):
+        before = timing.calibrate()
+        baseline, ours = both = pair(workload, kind)
+        rule = optim.AdamW(baseline.params) if kind in LAYERWISE else ours.optimizer
+        off = {
+            one.name: check(one, like)
+            for one, like in zip(both, (rule, ours.optimizer), strict=True)
+        }
+        moved = ours.bytes
+        runs = {one.name: (one.prepare, one.run) for one in both}
+        times = timing.interleave(runs, seconds=SECONDS)
+        name = baseline.name
+        del baseline, ours, both, runs, rule
+        after = timing.calibrate()
     return {
-        "ratio": statistics.median(ratios),
-        "rounds": len(ratios),
-        "baseline": baseline,
-        "baseline_ms": 1e3 * statistics.median(times[baseline]),
-        "pyupdate_ms": 1e3 * statistics.median(times[OURS]),
+        "ratio": timing.ratio(times[name], times[OURS]),
+        "rounds": len(times[OURS].seconds),
+        "baseline": name,
+        "baseline_ms": 1e3 * times[name].median,
+        "pyupdate_ms": 1e3 * times[OURS].median,
         "bytes": moved,
-        "differ_eps": eps,
+        "off_eps": off,
         "calibration_ms": [1e3 * before, 1e3 * after],
-        "moved": max(before, after) / min(before, after) - 1.0,
+        "moved": timing.moved(before, after),
     }
 
 
@@ -138,23 +99,6 @@ def cell(workload: Workload, kind: str, processes: int, bar: Any) -> dict[str, A
         "pyupdate_GBps": bound / statistics.median(one["pyupdate_ms"] for one in kept),
         "processes": kept,
         "thrown_away": thrown,
-    }
-
-
-def machine() -> dict[str, Any]:
-    found = info.report()
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": found["machine"],
-        "processors": found["threads"]["processors"],
-        "threads": THREADS,
-        "python": platform.python_version(),
-        "torch": f"{torch.__version__} ({found['torch_build']})",
-        "pyupdate": pyupdate.__version__,
-        "backend": found["backend"],
-        "instruction_set": (found["instruction_sets"] or {}).get("chosen"),
-        "compiler": (found["build"] or {}).get("compiler"),
-        "flags": (found["build"] or {}).get("flags"),
     }
 
 
@@ -208,7 +152,9 @@ def main() -> int:
     print(as_text(cells))
     print(f"\n{as_markdown(cells)}")
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps({"machine": machine(), "pairs": cells}, indent=2) + "\n")
+    chosen.output.write_text(
+        json.dumps({"machine": timing.machine(THREADS), "pairs": cells}, indent=2) + "\n"
+    )
     return 0
 
 

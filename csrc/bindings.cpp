@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/stream.h"
 #include "refresh.h"
 
 #ifndef PYUPDATE_MODULE_NAME
@@ -414,6 +415,11 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("active", &Plan::active)
       .def("nbytes", &Plan::bytes)
       .def("chunks", [](Plan& plan) { return plan.tables().chunks(); });
+
+  py::class_<cpu::Stream>(m, "Stream", py::module_local())
+      .def(py::init<int64_t>(), py::arg("elements"))
+      .def("run", &cpu::Stream::run, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly_static("BYTES", [](const py::object&) { return cpu::Stream::kBytes; });
 
   m.def("step_together", &step_together, py::arg("steps"), py::arg("threads"));
   m.def("isa", [] { return std::string(passes().isa); });

@@ -25,6 +25,14 @@ class Found:
     @property
     def value(self) -> int: ...
 
+class Stream:
+    """Arrays that AdamW's seven streams go through, for benchmarks."""
+
+    BYTES: ClassVar[int]
+    def __init__(self, elements: int) -> None: ...
+    def run(self, threads: int) -> None:
+        """One turn."""
+
 class Plan:
     """The rows of an optimizer that this module steps; every method re-reads every tensor."""
 

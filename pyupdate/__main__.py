@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m pyupdate``: what can run here, what cannot and why; ``--json``, ``--selftest``."""
+"""``python -m pyupdate``: what can run here, what cannot and why; ``--json``, ``--selftest``.
+
+``python -m pyupdate bench`` measures for a minute what it brings on this machine.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 where the self-test failed or could test nothing, else 0.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["bench"]:
+        return _bench(given[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m pyupdate", description="Shows what pyupdate can run here, and why not."
+        prog="python -m pyupdate",
+        description="Shows what pyupdate can run here, and why not.",
+        epilog="python -m pyupdate bench: a minute's benchmark of this machine (see bench --help).",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -29,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="run one step per back end and rule against the numpy oracles; exit 1 on a failure",
     )
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(given)
 
     report = info.report()
     passed = True
@@ -40,6 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     return 0 if passed else 1
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    try:
+        from .bench import command
+    except ImportError as error:
+        sys.stderr.write(
+            f"python -m pyupdate bench needs torch: {error}. python -m pyupdate says more\n"
+        )
+        return 1
+    return command.main(arguments)
 
 
 def _selftest(report: dict[str, object], *, quiet: bool) -> bool:

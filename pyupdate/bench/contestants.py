@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is timed: parameters with gradients and an optimizer, and what each has to do in a step.
+
+The kinds of a step: ``step`` is the optimizer's alone; ``scaler`` unscales, checks for inf and nan,
+steps and updates the scaler; ``clip`` clips by the global norm and steps; ``full`` is both;
+``average`` is that and a moving average of the parameters. A peer does by torch's own functions
+what its optimizer does not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import optim
+from ..traffic import bytes_per_parameter
+
+SCALE = 2.0**16  # where torch's GradScaler starts
+MAX_NORM = 1.0
+DECAY = 0.999
+KINDS = ("step", "scaler", "clip", "full", "average")
+SCALED = frozenset(("scaler", "full", "average"))
+CLIPPED = frozenset(("clip", "full", "average"))
+
+OURS = "pyupdate"
+BASELINE = "torch fused"
+
+Shape = tuple[int, ...]
+Optimizer = Callable[[list[nn.Parameter]], Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes of parameters, all of one dtype.
+
+    Attributes:
+        name: what tables call it.
+        shapes: one a parameter.
+        targets: by kind, the ratio to the baseline that is to be reached, where there is one.
+        dtype: of the parameters and gradients.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    targets: dict[str, float] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def elements(self) -> int:
+        """Of all parameters."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    """The options of an optimizer of ours that does all of a kind itself, but for the scaler."""
+    options: dict[str, Any] = {"max_norm": MAX_NORM} if kind in CLIPPED else {}
+    return options | ({"ema_decay": DECAY} if kind == "average" else {})
+
+
+def of_torch(kind: str, rule: str = "AdamW") -> dict[str, Optimizer]:
+    """Torch's ways to step a rule, and ours last.
+
+    Args:
+        kind: one of `KINDS`.
+        rule: the name of the optimizer's class.
+    """
+    found: dict[str, Optimizer] = {}
+    stock = getattr(torch.optim, rule, None)
+    if stock is not None:
+        for name, given in (
+            ("torch loop", {"foreach": False}),
+            ("torch foreach", {"foreach": True}),
+        ):
+            found[name] = _made(stock, given)
+        if rule in ("SGD", "Adam", "AdamW", "Adagrad"):
+            found[BASELINE] = _made(stock, {"fused": True})
+    found[OURS] = _made(getattr(optim, rule), options_of(kind))
+    return found
+
+
+def _made(kind: Any, given: dict[str, Any]) -> Optimizer:
+    return lambda params: kind(params, **given)
+
+
+class Contestant:
+    """Parameters, gradients and an optimizer; the same numbers for every contestant.
+
+    Args:
+        name: `OURS` does all by its optimizer's own options; any other by torch's functions.
+        workload: what is stepped.
+        kind: one of `KINDS`.
+        make: its optimizer.
+    """
+
+    def __init__(self, name: str, workload: Workload, kind: str, make: Optimizer) -> None:
+        self.name = name
+        self.kind = kind
+        self.workload = workload
+        self.scaled = kind in SCALED
+        random = torch.Generator().manual_seed(1)
+
+        def numbers(shape: Shape, scale: float) -> torch.Tensor:
+            return (torch.randn(shape, generator=random) * scale).to(workload.dtype)
+
+        self.params = [nn.Parameter(numbers(shape, 1.0)) for shape in workload.shapes]
+        # A backward pass leaves gradients that carry the scale; torch unscales and clips them where
+        # they are, so each such step starts from a fresh copy, which is made off the clock.
+        scale = 0.01 * (SCALE if self.scaled else 1.0)
+        self.fresh = [numbers(shape, scale) for shape in workload.shapes]
+        self._spoilt = kind != "step"
+        for param, grad in zip(self.params, self.fresh, strict=True):
+            param.grad = grad.clone() if self._spoilt else grad
+        self.optimizer: Any = make(self.params)
+        self.averages = [param.detach().clone() for param in self.params if kind == "average"]
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1_000_000)
+        self.scaler.scale(torch.ones(()))  # makes the scale's tensor, as the first loss does
+        self.run = self._ours if name == OURS else self._theirs
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Put the gradients back, as a backward pass would."""
+        if self._spoilt:
+            for param, fresh in zip(self.params, self.fresh, strict=True):
+                assert param.grad is not None
+                param.grad.copy_(fresh)
+
+    def _ours(self) -> None:
+        if self.scaled:
+            self.optimizer.step(grad_scaler=self.scaler)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+
+    def _theirs(self) -> None:
+        if self.scaled:
+            self.scaler.unscale_(self.optimizer)
+        if self.kind in CLIPPED:
+            nn.utils.clip_grad_norm_(self.params, MAX_NORM)
+        if self.scaled:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        if self.averages:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, list[torch.Tensor](self.params), 1.0 - DECAY)
+
+    @property
+    def bytes(self) -> float:
+        """The least that a step of ours moves an element, by what the rule reads and writes."""
+        return bytes_per_parameter(self.optimizer, scaled=self.scaled)
+
+
+def contestants(
+    workload: Workload, kind: str, makers: dict[str, Optimizer], names: Sequence[str] | None = None
+) -> list[Contestant]:
+    """One for each maker, or for those that are named."""
+    chosen = list(makers) if names is None else names
+    return [Contestant(name, workload, kind, makers[name]) for name in chosen]

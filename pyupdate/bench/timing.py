@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How it is timed: a step each in turn, medians, quartiles, and whether the machine held still."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import __version__, info
+
+MOVED = 0.15
+"""A machine whose calibration moved by more was not the same throughout."""
+
+WARM = 5
+ROUNDS = 30
+
+CALIBRATION = 1 << 24
+"""Elements of each of three arrays: 192 MiB, which no cache holds."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one contestant's rounds."""
+
+    seconds: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """Half of the rounds took less."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the rounds took less than the first, a quarter more than the second."""
+        first, _, third = statistics.quantiles(self.seconds, n=4)
+        return first, third
+
+
+def ratio(theirs: Times, ours: Times) -> float:
+    """The median over the rounds' ratios: what drifts enters both sides of each."""
+    pairs = zip(theirs.seconds, ours.seconds, strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def calibrate() -> float:
+    """The median time of a stream through memory: a + b -> c."""
+    a, b, c = (torch.ones(CALIBRATION) for _ in range(3))
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        torch.add(a, b, out=c)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def moved(before: float, after: float) -> float:
+    """By what part two calibrations differ."""
+    return max(before, after) / min(before, after) - 1.0
+
+
+@contextmanager
+def settled(threads: int) -> Iterator[None]:
+    """So many threads, and no garbage collection while the clock runs."""
+    threads_before, collects = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+        torch.set_num_threads(threads_before)
+
+
+def interleave(
+    runs: dict[str, tuple[Callable[[], object], Callable[[], object]]],
+    *,
+    seconds: float,
+    rounds: int = ROUNDS,
+    warm: int = WARM,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, Times]:
+    """Time several things in rounds of one turn each, the order reversed every other round.
+
+    Args:
+        runs: by name what is done off the clock, and then on it.
+        seconds: for so long at least.
+        rounds: and so many at least, two or more.
+        warm: rounds before those that count.
+        tick: called after every round, for a progress bar.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs.items())
+    for prepare, run in list(runs.values()) * warm:
+        prepare()
+        run()
+    end = time.perf_counter() + seconds
+    count = 0
+    while count < rounds or time.perf_counter() < end:
+        for name, (prepare, run) in order if count % 2 == 0 else reversed(order):
+            prepare()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+        count += 1
+        tick()
+    return {name: Times(found) for name, found in times.items()}
+
+
+def stream(elements: int, threads: int) -> tuple[Callable[[], object], int] | None:
+    """A turn through AdamW's seven streams without AdamW, and its bytes an element.
+
+    None where pyupdate is not compiled: Python has no such loop.
+    """
+    try:
+        from .. import _C
+    except ImportError:
+        return None
+    made = _C.Stream(elements)
+    return (lambda: made.run(threads)), int(_C.Stream.BYTES)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a result has to say of where it was measured."""
+    found = info.report()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": found["machine"],
+        "processors": found["threads"]["processors"],
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} ({found['torch_build']})",
+        "pyupdate": __version__,
+        "backend": found["backend"],
+        "instruction_set": (found["instruction_sets"] or {}).get("chosen"),
+        "compiler": (found["build"] or {}).get("compiler"),
+        "flags": (found["build"] or {}).get("flags"),
+    }

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark promises: nobody is timed who is wrong, turns are taken, figures are right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyupdate
+from pyupdate.bench import command, timing
+from pyupdate.bench.contestants import KINDS, OURS, Contestant, Workload, of_torch
+from pyupdate.bench.truth import WrongError, check
+
+SMALL = Workload("small", ((200, 100), (33,), (), (5, 5)))  # whose gradient is clipped
+RULES = ("SGD", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "LAMB", "LARS", "Lion")
+
+
+def contestant(name: str, kind: str, rule: str = "AdamW", workload: Workload = SMALL) -> Contestant:
+    return Contestant(name, workload, kind, of_torch(kind, rule)[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", of_torch("step"))
+def test_who_is_right_is_let_through(name: str, kind: str) -> None:
+    one = contestant(name, kind)
+    off = check(one, pyupdate.optim.AdamW(one.params))
+    assert 0.0 < off < 24.0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_of_ours_is_right(rule: str) -> None:
+    one = contestant(OURS, "full", rule)
+    check(one, one.optimizer)
+
+
+def test_halves_are_held_to_their_own_precision() -> None:
+    workload = Workload("halves", ((40, 7), (33,)), dtype=torch.bfloat16)
+    one = contestant(OURS, "step", workload=workload)
+    assert check(one, one.optimizer) < 8.0
+
+
+BREAKAGES = {
+    "another decay": lambda one, _: one.optimizer.param_groups[0].update(
+        dampening=0.01, momentum=0.9
+    ),
+    "no clip": lambda _, patch: patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None),
+    "no unscale": lambda one, _: setattr(one.scaler, "unscale_", lambda _: None),
+    "no step": lambda one, _: setattr(one, "run", lambda: None),
+    "stale gradients": lambda one, _: setattr(one, "prepare", lambda: None),
+    "another average": lambda one, _: [average.add_(1.0) for average in one.averages],
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_who_is_wrong_is_not_timed(breakage: str, monkeypatch) -> None:
+    one = contestant("torch foreach", "average", "SGD")
+    like = pyupdate.optim.SGD(one.params)
+    BREAKAGES[breakage](one, monkeypatch)
+    with pytest.raises(WrongError):
+        check(one, like)
+
+
+def test_turns_are_taken_in_alternating_order() -> None:
+    said: list[str] = []
+
+    def runs(name: str):
+        return (lambda: said.append(f"prepare {name}"), lambda: said.append(name))
+
+    times = timing.interleave({name: runs(name) for name in "abc"}, seconds=0.0, rounds=2, warm=1)
+    assert [one for one in said if "prepare" not in one] == list("abc" + "abc" + "cba")
+    assert all(said[i] == f"prepare {said[i + 1]}" for i in range(0, len(said), 2))
+    assert {name: len(found.seconds) for name, found in times.items()} == dict.fromkeys("abc", 2)
+
+
+def test_figures_by_hand() -> None:
+    theirs, ours = timing.Times([2.0, 9.0, 4.0]), timing.Times([1.0, 3.0, 4.0])
+    assert timing.ratio(theirs, ours) == 2.0  # of 2, 3 and 1
+    assert theirs.median == 4.0
+    assert timing.Times([1.0, 2.0, 3.0, 4.0, 5.0]).quartiles == (1.5, 4.5)
+    assert timing.moved(1.0, 1.25) == timing.moved(1.25, 1.0) == 0.25
+
+
+def test_threads_and_collection_are_as_before() -> None:
+    import gc
+
+    before = torch.get_num_threads()
+    with timing.settled(1):
+        assert torch.get_num_threads() == 1 and not gc.isenabled()
+    assert torch.get_num_threads() == before and gc.isenabled()
+
+
+def test_the_stream(compiled) -> None:
+    run, moved = timing.stream(1000, 2)
+    run()
+    assert moved == 28
+    with pytest.raises(ValueError, match="at least one element"):
+        compiled.Stream(0)
+
+
+@pytest.mark.parametrize("kind", ["step", "average"])
+def test_a_cell(kind: str) -> None:
+    cell = command.measure(SMALL, kind, seconds=0.0, threads=1)
+    assert list(cell["ms"]) == list(of_torch(kind)) and cell["rounds"] >= 8
+    assert cell["bytes"] == {"step": 28.0, "average": 40.0}[kind]
+    elements = 200 * 100 + 33 + 1 + 25
+    assert cell["GBps"] == pytest.approx(cell["bytes"] * elements / cell["ms"][OURS] / 1e6)
+    assert (cell["of_stream"] is None) == (timing.stream(1, 1) is None)
+    low, high = cell["quartiles_ms"][OURS]
+    assert low <= cell["ms"][OURS] <= high
+
+
+def test_the_command(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "WORKLOADS", (SMALL,))
+    monkeypatch.setattr(timing, "CALIBRATION", 1 << 10)
+    assert command.main(["--seconds", "0.01", "--threads", "1"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("small") == 3 and "torch fused/ours" in text
+    assert command.main(["--seconds", "0.01", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [cell["kind"] for cell in result["cells"]] == ["step", "full", "average"]
+    disturbed = command.as_text(result | {"moved": 0.2})
+    assert "DISTURBED" in disturbed and "20 %" in disturbed
+    assert "DISTURBED" not in command.as_text(result | {"moved": 0.1})
+    with pytest.raises(SystemExit):
+        command.main(["--threads", "0"])
+
+
+def test_it_is_a_command_of_the_package() -> None:
+    command_line = [sys.executable, "-m", "pyupdate", "bench", "--help"]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=True)
+    assert "python -m pyupdate bench" in done.stdout
