@@ -5,10 +5,10 @@
     python benchmarks/ratios.py --processes 1   # a first look
 
 A pair is measured in a process of its own, with no other model alive: compared with the rule in
-fp64, warmed up, then timed in rounds of one step each, in alternating order, with garbage collection off. Said is the
-median over the rounds' ratios. Before and after, a fixed stream of memory is timed; where the two
-differ by more than 15 %, the machine was not the same throughout, and the process is thrown away
-and repeated.
+fp64, warmed up, then timed in rounds of one step each, in alternating order, with garbage
+collection off. Said is the median over the rounds' ratios. Before and after, a fixed stream of
+memory is timed; where the two differ by more than 15 %, the machine was not the same throughout,
+and the process is thrown away and repeated.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch's ways and ours on every workload, with pytest-benchmark: absolute times, a group a workload.
+"""Torch's ways and ours on every workload, with pytest-benchmark: absolute times, in groups.
 
     pytest benchmarks --benchmark-only
 

@@ -12,7 +12,7 @@ import torch
 
 import pyupdate
 from pyupdate.bench import command, timing
-from pyupdate.bench.contestants import KINDS, OURS, Contestant, Workload, of_torch
+from pyupdate.bench.contestants import KINDS, OURS, SCALE, Contestant, Workload, of_torch
 from pyupdate.bench.truth import WrongError, check
 
 SMALL = Workload("small", ((200, 100), (33,), (), (5, 5)))  # whose gradient is clipped
@@ -44,11 +44,9 @@ def test_halves_are_held_to_their_own_precision() -> None:
 
 
 BREAKAGES = {
-    "another decay": lambda one, _: one.optimizer.param_groups[0].update(
-        dampening=0.01, momentum=0.9
-    ),
+    "momentum": lambda one, _: one.optimizer.param_groups[0].update(momentum=0.9),
     "no clip": lambda _, patch: patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None),
-    "no unscale": lambda one, _: setattr(one.scaler, "unscale_", lambda _: None),
+    "another scale": lambda one, _: one.scaler.update(2.0 * SCALE),
     "no step": lambda one, _: setattr(one, "run", lambda: None),
     "stale gradients": lambda one, _: setattr(one, "prepare", lambda: None),
     "another average": lambda one, _: [average.add_(1.0) for average in one.averages],
@@ -57,7 +55,8 @@ BREAKAGES = {
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_who_is_wrong_is_not_timed(breakage: str, monkeypatch) -> None:
-    one = contestant("torch foreach", "average", "SGD")
+    kind = "scaler" if "scale" in breakage else "average"  # a clip would mend the scale
+    one = contestant("torch foreach", kind, "SGD")
     like = pyupdate.optim.SGD(one.params)
     BREAKAGES[breakage](one, monkeypatch)
     with pytest.raises(WrongError):
