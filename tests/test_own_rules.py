@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: RET504 - a rule returns the names that it assigned
-"""`pyupdate.rule` and `from_rule`: a user's rule is an optimizer like any other, or is refused."""
+"""`pyupdate.rule` and `from_rule`: a user's rule is an optimizer like any other."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import pickle
 import subprocess
@@ -14,99 +13,34 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bits import array_of, assert_same_bits, random_values, torch_steps
+from bits import array_of, assert_same_bits, torch_steps
 from cases import DTYPES, name_of
 from compiling import ROOT
+from own_rules import (
+    NUMBERS,
+    SIZES,
+    STEPS,
+    descent,
+    every_rule,
+    everything,
+    layer_wise,
+    signum,
+    stepped,
+    values,
+)
 
 import pyupdate
 from pyupdate.kernels import oracle
 from pyupdate.kernels.rules import RULES
 from pyupdate.language import (
-    RuleError,
     absolute,
     divide,
-    integer_power,
     maximum,
-    minimum,
     sign,
-    sqrt,
-    where,
 )
 from pyupdate.optim import from_rule
 from pyupdate.pytorch.rows import numbers_of
 from pyupdate.pytorch.step import engine_of
-
-SIZES = (1, 7, 2_049, 16_385)
-STEPS = 3
-
-
-@pyupdate.rule
-def descent(param, grad, lr):
-    param = param - lr * grad
-    return param
-
-
-@pyupdate.rule(state={"exp_avg": 0.0}, defaults={"beta": 0.75})
-def signum(param, grad, exp_avg, lr, beta, weight_decay):
-    exp_avg = exp_avg * beta + grad * (1.0 - beta)
-    param = param - lr * (sign(exp_avg) + weight_decay * param)
-    return param, exp_avg
-
-
-@pyupdate.rule(state={"largest": 0.25, "fast": 0.0})
-def everything(param, grad, largest, fast, lr, low, high, step):
-    """Every word of the language, and the step."""
-    largest = maximum(largest, absolute(grad))
-    fast = where(fast * grad < 0.0, 0.0, fast + sqrt(largest))
-    scale = minimum(maximum(divide(fast, step + 1.0), low), high)
-    for _ in range(2):
-        scale = scale * 0.5 + largest
-    param = param - lr * sign(grad) * scale
-    return param, largest, fast
-
-
-def prepare_corrected(step, lr, beta):
-    one_minus_beta = 1.0 - beta
-    correction = divide(1.0, 1.0 - integer_power(beta, step))
-    return lr, beta, one_minus_beta, correction
-
-
-def norms(param, grad, exp_avg, beta, one_minus_beta):
-    exp_avg = exp_avg * beta + grad * one_minus_beta
-    kept = param * param
-    moved = exp_avg * exp_avg
-    return exp_avg, kept, moved
-
-
-@pyupdate.rule(state={"exp_avg": 0.0}, prepare=prepare_corrected, after=(norms,))
-def layer_wise(param, exp_avg, kept, moved, lr, correction):
-    trust = where(moved > 0.0, divide(sqrt(kept), sqrt(moved)), 1.0)
-    param = param - lr * trust * exp_avg * correction
-    return param
-
-
-NUMBERS = {
-    descent: {"lr": 0.3},
-    signum: {"lr": 0.01, "beta": 0.8, "weight_decay": 0.1},
-    everything: {"lr": 0.1, "low": 0.05, "high": 2.0},
-    layer_wise: {"lr": 0.1, "beta": 0.9},
-}
-
-every_rule = pytest.mark.parametrize("rule", NUMBERS, ids=lambda rule: rule.name)
-
-
-def values(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    return [random_values(rng, n, dtype) for n in SIZES]
-
-
-def stepped(rule, dtype=torch.float32, steps=STEPS, **more):
-    """An optimizer after some steps, and its parameters."""
-    params = [torch.nn.Parameter(value) for value in values(1, dtype)]
-    optimizer = from_rule(rule)(params, **NUMBERS[rule], **more)
-    torch_steps(optimizer, params, [values(seed, dtype) for seed in range(2, 2 + steps)])
-    return optimizer, params
-
 
 # ----- numbers ------------------------------------------------------------------------------------
 
@@ -373,136 +307,7 @@ def test_build_refuses_arguments_that_nobody_takes(optimizer, arguments, message
     assert not hasattr(model, "current_optimizer")
 
 
-# ----- what is refused ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("numbers", "kind", "message"),
-    [
-        ({}, TypeError, "from_rule(signum): number 'lr' has no default: give lr=..., or defaults"),
-        ({"lr": 0.1}, TypeError, "number 'weight_decay' has no default"),
-        ({"lr": "0.1", "weight_decay": 0.0}, TypeError, "'lr' must be a number, but is '0.1'"),
-        ({"lr": torch.ones(2), "weight_decay": 0.0}, TypeError, "but is a tensor of (2,)"),
-        ({"lr": float("nan"), "weight_decay": 0.0}, ValueError, "number 'lr' is nan"),
-        ({"lr": 0.1, "wd": 0.0}, TypeError, "takes no 'wd'; its numbers are: lr, beta, weight"),
-    ],
-)
-def test_a_constructor_refuses_what_is_no_number_of_the_rule(numbers, kind, message):
-    with pytest.raises(kind) as caught:
-        from_rule(signum)([torch.nn.Parameter(torch.ones(1))], **numbers)
-    assert message in str(caught.value)
-
-
-def test_a_later_group_is_checked_and_not_added():
-    a, b = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
-    optimizer = from_rule(descent)([{"params": [a], "lr": 0.1}])
-    with pytest.raises(TypeError, match="number 'lr' has no default"):
-        optimizer.add_param_group({"params": [b]})
-    assert len(optimizer.param_groups) == 1
-
-
-def line_of(function) -> int:
-    return function.__code__.co_firstlineno
-
-
-def taken(param, max_norm):
-    return param
-
-
-def undefined(param, state, lr):
-    return param
-
-
-@pytest.mark.parametrize(
-    ("make", "kind", "message"),
-    [
-        (lambda: from_rule(taken), TypeError, "got a function: decorate it with pyupdate.rule"),
-        (lambda: from_rule("signum"), TypeError, "from_rule takes a pyupdate.rule, but got a str"),
-        (lambda: from_rule(pyupdate.rule(taken)), ValueError, "['max_norm'] have names that every"),
-        (lambda: signum(1.0, 2.0), TypeError, "pyupdate.optim.from_rule(signum)"),
-        (lambda: pyupdate.rule(3), TypeError, "takes plain functions, but got a int"),
-        (lambda: pyupdate.rule(len), TypeError, "takes plain functions"),
-        (lambda: pyupdate.rule(state={"a": []}), TypeError, "state['a'] must be a number"),
-        (
-            lambda: pyupdate.rule(state={"momentum": "mu"})(taken),
-            RuleError,
-            "'momentum' begins as 'mu', which is none of the numbers ('max_norm',)",
-        ),
-        (
-            lambda: pyupdate.rule(state={"ema": 0.0})(taken),
-            RuleError,
-            "state cannot be named 'ema'",
-        ),
-        (
-            lambda: pyupdate.rule(state={"mistyped": 0.0})(taken),
-            RuleError,
-            "state ['mistyped'] is taken by no function",
-        ),
-        (
-            lambda: pyupdate.rule(state={"step": 0.0})(taken),
-            RuleError,
-            f"test_own_rules.py:{line_of(taken)}: in taken: state cannot be named 'step'",
-        ),
-        (
-            lambda: pyupdate.rule(defaults={"mu": 0.5})(undefined),
-            RuleError,
-            f"test_own_rules.py:{line_of(undefined)}: in undefined: defaults: 'mu' is no number "
-            "of this rule; there are: state, lr",
-        ),
-        (
-            lambda: pyupdate.rule(defaults={"lr": None})(undefined),
-            TypeError,
-            "defaults['lr'] must be a number, but is None",
-        ),
-    ],
-)
-def test_what_is_no_rule_is_refused(make, kind, message):
-    with pytest.raises(kind) as caught:
-        make()
-    assert message in str(caught.value)
-
-
-def wrapped(function):
-    @functools.wraps(function)
-    def inner(param, lr):
-        return function(param, lr)
-
-    return inner
-
-
-@wrapped
-def behind_another(param, lr):
-    return param
-
-
-async def later(param, lr):
-    return param
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (behind_another, "another decorator wraps this function"),
-        (lambda param: param, "is a function made by 'def'"),
-        (later, "is a function made by 'def'"),
-    ],
-)
-def test_a_function_whose_text_is_not_what_runs_is_refused_with_its_line(function, message):
-    with pytest.raises(RuleError) as caught:
-        pyupdate.rule(function)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(f"{__file__}:{line_of(function)}: in ")
-
-
-def test_a_rule_without_a_readable_text_is_refused():
-    made: dict = {}
-    exec("def descent(param, lr):\n    return param\n", made)
-    with pytest.raises(RuleError, match=r"<string>:1: in descent: .* write it in a file"):
-        pyupdate.rule(made["descent"])
-    # A file of that name and line exists, but another function stands there.
-    exec(compile("def hidden(param, lr):\n    return param\n", __file__, "exec"), made)
-    with pytest.raises(RuleError, match="in hidden: the text of this function cannot be read"):
-        pyupdate.rule(made["hidden"])
+# ----- around it ----------------------------------------------------------------------------------
 
 
 def test_a_rule_in_a_function_works_but_is_not_pickled():

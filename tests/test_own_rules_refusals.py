@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What `pyupdate.rule`, `from_rule` and `build` refuse of a user's rule, in words with the line."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from own_rules import (
+    descent,
+    signum,
+)
+
+import pyupdate
+from pyupdate.language import (
+    RuleError,
+)
+from pyupdate.optim import from_rule
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind", "message"),
+    [
+        ({}, TypeError, "from_rule(signum): number 'lr' has no default: give lr=..., or defaults"),
+        ({"lr": 0.1}, TypeError, "number 'weight_decay' has no default"),
+        ({"lr": "0.1", "weight_decay": 0.0}, TypeError, "'lr' must be a number, but is '0.1'"),
+        ({"lr": torch.ones(2), "weight_decay": 0.0}, TypeError, "but is a tensor of (2,)"),
+        ({"lr": float("nan"), "weight_decay": 0.0}, ValueError, "number 'lr' is nan"),
+        ({"lr": 0.1, "wd": 0.0}, TypeError, "takes no 'wd'; its numbers are: lr, beta, weight"),
+    ],
+)
+def test_a_constructor_refuses_what_is_no_number_of_the_rule(numbers, kind, message):
+    with pytest.raises(kind) as caught:
+        from_rule(signum)([torch.nn.Parameter(torch.ones(1))], **numbers)
+    assert message in str(caught.value)
+
+
+def test_a_later_group_is_checked_and_not_added():
+    a, b = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = from_rule(descent)([{"params": [a], "lr": 0.1}])
+    with pytest.raises(TypeError, match="number 'lr' has no default"):
+        optimizer.add_param_group({"params": [b]})
+    assert len(optimizer.param_groups) == 1
+
+
+def line_of(function) -> int:
+    return function.__code__.co_firstlineno
+
+
+def taken(param, max_norm):
+    return param
+
+
+def undefined(param, state, lr):
+    return param
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: from_rule(taken), TypeError, "got a function: decorate it with pyupdate.rule"),
+        (lambda: from_rule("signum"), TypeError, "from_rule takes a pyupdate.rule, but got a str"),
+        (lambda: from_rule(pyupdate.rule(taken)), ValueError, "['max_norm'] have names that every"),
+        (lambda: signum(1.0, 2.0), TypeError, "pyupdate.optim.from_rule(signum)"),
+        (lambda: pyupdate.rule(3), TypeError, "takes plain functions, but got a int"),
+        (lambda: pyupdate.rule(len), TypeError, "takes plain functions"),
+        (lambda: pyupdate.rule(state={"a": []}), TypeError, "state['a'] must be a number"),
+        (
+            lambda: pyupdate.rule(state={"momentum": "mu"})(taken),
+            RuleError,
+            "'momentum' begins as 'mu', which is none of the numbers ('max_norm',)",
+        ),
+        (
+            lambda: pyupdate.rule(state={"ema": 0.0})(taken),
+            RuleError,
+            "state cannot be named 'ema'",
+        ),
+        (
+            lambda: pyupdate.rule(state={"mistyped": 0.0})(taken),
+            RuleError,
+            "state ['mistyped'] is taken by no function",
+        ),
+        (
+            lambda: pyupdate.rule(state={"step": 0.0})(taken),
+            RuleError,
+            f"test_own_rules_refusals.py:{line_of(taken)}: in taken: state cannot be named 'step'",
+        ),
+        (
+            lambda: pyupdate.rule(defaults={"mu": 0.5})(undefined),
+            RuleError,
+            f"test_own_rules_refusals.py:{line_of(undefined)}: in undefined: defaults: 'mu' is "
+            "no number of this rule; there are: state, lr",
+        ),
+        (
+            lambda: pyupdate.rule(defaults={"lr": None})(undefined),
+            TypeError,
+            "defaults['lr'] must be a number, but is None",
+        ),
+    ],
+)
+def test_what_is_no_rule_is_refused(make, kind, message):
+    with pytest.raises(kind) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def inner(param, lr):
+        return function(param, lr)
+
+    return inner
+
+
+@wrapped
+def behind_another(param, lr):
+    return param
+
+
+async def later(param, lr):
+    return param
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (behind_another, "another decorator wraps this function"),
+        (lambda param: param, "is a function made by 'def'"),
+        (later, "is a function made by 'def'"),
+    ],
+)
+def test_a_function_whose_text_is_not_what_runs_is_refused_with_its_line(function, message):
+    with pytest.raises(RuleError) as caught:
+        pyupdate.rule(function)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{__file__}:{line_of(function)}: in ")
+
+
+def test_a_rule_without_a_readable_text_is_refused():
+    made: dict = {}
+    exec("def descent(param, lr):\n    return param\n", made)
+    with pytest.raises(RuleError, match=r"<string>:1: in descent: .* write it in a file"):
+        pyupdate.rule(made["descent"])
+    # A file of that name and line exists, but another function stands there.
+    exec(compile("def hidden(param, lr):\n    return param\n", __file__, "exec"), made)
+    with pytest.raises(RuleError, match="in hidden: the text of this function cannot be read"):
+        pyupdate.rule(made["hidden"])
