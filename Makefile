@@ -3,6 +3,7 @@
 # C++ compiler. Everything is installed in .venv, at the versions of constraints.txt.
 #   make demo     train a small network on handwritten digits through update_model
 #   make test     the tests, without those of minutes (make slow)
+#   make test-tensorflow   those of the TensorFlow half, in their own process (make test runs them too)
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
 #   make bench    the benchmarks
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
@@ -15,12 +16,13 @@ bin := $(VENV)/bin
 venv := $(VENV)/.stamp-venv
 tools := $(VENV)/.stamp-tools
 installed := $(VENV)/.stamp-installed
+tensorflow := $(VENV)/.stamp-tensorflow
 pip := $(bin)/python -m pip --disable-pip-version-check
 compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo test slow lint format bench predicted check-aarch64 check-device clean
+.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -52,6 +54,16 @@ demo: $(installed)
 
 test: $(installed)
 	$(bin)/python -m pytest -m 'not slow' $(PYTEST)
+	$(MAKE) test-tensorflow
+
+# Without the wheels (no network, another machine) every file is skipped with its reason. tf-keras asks for a package named
+# tensorflow, which would come beside tensorflow-cpu: so without its dependencies.
+test-tensorflow: $(installed) $(tensorflow)
+	$(bin)/python -m pytest -m 'not slow' tests_tensorflow $(PYTEST) || [ $$? -eq 5 ] # 5: it ran none
+
+$(tensorflow): $(tools) constraints.txt
+	if $(pip) install -q -c constraints.txt tensorflow-cpu && $(pip) install -q -c constraints.txt --no-deps tf-keras; then touch $@; \
+	else echo "test-tensorflow: SKIPPED: pip could not install tensorflow-cpu and tf-keras" >&2; fi
 
 slow: $(installed)
 	$(bin)/python -m pytest -m slow $(PYTEST)

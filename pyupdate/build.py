@@ -10,17 +10,22 @@ from . import frameworks
 from .options import options_from, shows_options
 
 if TYPE_CHECKING:
+    import keras
     import torch
 
     from .kernels.language import Rule
 
-Model = TypeVar("Model", bound="torch.nn.Module")
+Model = TypeVar("Model", bound="torch.nn.Module | keras.Model")
 
 
 @shows_options
 def build(
     model: Model | Callable[[], Model],
-    optimizer: str | Rule | Callable[[Any], torch.optim.Optimizer] | torch.optim.Optimizer,
+    optimizer: str
+    | Rule
+    | Callable[..., torch.optim.Optimizer | keras.Optimizer]
+    | torch.optim.Optimizer
+    | keras.Optimizer,
     *,
     model_name: str | None = None,
     in_backward: bool = False,
@@ -33,10 +38,13 @@ def build(
     was.
 
     Args:
-        model: a ``torch.nn.Module``, or a callable taking no argument that makes one.
+        model: a ``torch.nn.Module`` or a Keras model, or a callable taking no argument that makes
+            one.
         optimizer: the name of a class of `pyupdate.optim` in any case, such as "adamw"; or a rule
             of your own (`pyupdate.rule`); or a callable that gets the list of the model's
             parameters and returns an optimizer; or an optimizer that holds at least one of them.
+            For a Keras model: Keras's name of an optimizer, a Keras optimizer, or a callable taking
+            no argument that returns one.
         model_name: how errors and deferred updates name the model. None keeps the name that the
             model has, else makes one from its type, numbered after its first use.
         in_backward: True steps each bucket of parameters as soon as its gradients are there, while
@@ -45,7 +53,9 @@ def build(
             then be given ``retain_graph=False``; it takes neither a scaler nor ``defer=True``. Step
             hooks run before and after the backward pass. A backward pass that raises in the middle
             leaves stepped what was stepped.
-        **arguments: `pyupdate.options.Options` by name, such as ``max_norm``. With any of them, an
+        **arguments: `pyupdate.options.Options` by name, such as ``max_norm`` (of a Keras model:
+            ``max_norm``, ``clip_value``, ``skip_nonfinite``, ``ema_decay`` and
+            ``accumulation_steps``). With any of them, an
             optimizer of torch's is accelerated (`pyupdate.accelerate`). Where `optimizer` is a name
             or a rule, also what its class takes besides the parameters, such as ``lr``.
 
@@ -53,7 +63,7 @@ def build(
         The model.
 
     Raises:
-        ValueError: `model` is, or makes, no ``torch.nn.Module``, or one without parameters; the
+        ValueError: `model` is, or makes, neither of the two, or a module without parameters; the
             name of the optimizer is unknown; what `optimizer` is or returns is no optimizer, or
             holds none of the model's parameters; `model_name` is empty or no string; the value of
             an option cannot be had; `in_backward` with what needs all gradients at once
@@ -88,7 +98,10 @@ def build(
         frameworks.check_model(made, "what the callable given as model made")
     else:
         frameworks.check_model(made)
-    from .pytorch import attach
-
+    attach: Any
+    if frameworks.is_keras_model(made):
+        from .tensorflow import attach
+    else:
+        from .pytorch import attach
     result: Model = attach.attach(made, optimizer, model_name, arguments, in_backward)
     return result

@@ -15,12 +15,17 @@ _TENSORFLOW = frozenset({"tensorflow", "keras", "tf_keras"})
 
 def is_torch_tensor(value: object) -> bool:
     """Whether this is a ``torch.Tensor``."""
-    return _is_torch(value, "Tensor", "torch")
+    return _is_a(value, "Tensor", "torch")
 
 
 def is_torch_module(value: object) -> bool:
     """Whether this is a ``torch.nn.Module``."""
-    return _is_torch(value, "Module", "torch.nn")
+    return _is_a(value, "Module", "torch.nn")
+
+
+def is_tensorflow_tensor(value: object) -> bool:
+    """Whether this is a ``tf.Tensor``, eager or symbolic."""
+    return _is_a(value, "Tensor", "tensorflow")
 
 
 def is_tensorflow(value: object) -> bool:
@@ -28,23 +33,30 @@ def is_tensorflow(value: object) -> bool:
     return any(base.__module__.partition(".")[0] in _TENSORFLOW for base in type(value).__mro__)
 
 
+def is_keras_model(value: object) -> bool:
+    """Whether this is a model of Keras's or tf-keras's, on whatever back end of Keras."""
+    return any(
+        base.__name__ == "Model" and base.__module__.partition(".")[0] in _TENSORFLOW
+        for base in type(value).__mro__
+    )
+
+
 def check_model(model: object, name: str = "model") -> None:
-    """Refuse a model that is no ``torch.nn.Module``.
+    """Refuse what is neither a ``torch.nn.Module`` nor a Keras model.
 
     Raises:
-        ValueError: names its type; a Keras model (on any backend of Keras) is told apart.
+        ValueError: names its type.
     """
-    kind = type_name(model)
-    if is_tensorflow(model):
-        message = (
-            f"{name} is a {kind}: TensorFlow and Keras are not in this version of pyupdate; "
-            "give a torch.nn.Module"
-        )
-        raise ValueError(message)
-    if not is_torch_module(model):
-        found = f"the class {model.__qualname__}" if isinstance(model, type) else f"a {kind}"
-        message = f"{name} must be a torch.nn.Module, but is {found}: give an instance of one"
-        raise ValueError(message)
+    if is_torch_module(model) or is_keras_model(model):
+        return
+    found = (
+        f"the class {model.__qualname__}" if isinstance(model, type) else f"a {type_name(model)}"
+    )
+    message = (
+        f"{name} must be a torch.nn.Module or a Keras model, but is {found}: give an instance of "
+        "one"
+    )
+    raise ValueError(message)
 
 
 def type_name(value: object) -> str:
@@ -55,6 +67,6 @@ def type_name(value: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _is_torch(value: object, kind: str, home: str) -> bool:
+def _is_a(value: object, kind: str, home: str) -> bool:
     found: Any = getattr(sys.modules.get(home), kind, None)
     return isinstance(found, type) and isinstance(value, found)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from . import frameworks
 
 if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
     import torch
 
     from .options import LastUpdate
@@ -22,9 +24,9 @@ Deferred = MutableMapping[str, list[Callable[[], None]]]
 
 
 def update_model(
-    model: torch.nn.Module,
-    loss: torch.Tensor,
-    tape: None = None,
+    model: torch.nn.Module | keras.Model,
+    loss: torch.Tensor | tf.Tensor,
+    tape: tf.GradientTape | None = None,
     retain_graph: bool = True,
     scaler: torch.amp.GradScaler | None = None,
     defer: bool = False,
@@ -38,11 +40,16 @@ def update_model(
     gradients, optimizer state and `deferred` as they were. (One exception is asked for by name:
     ``build(..., in_backward=True)``.)
 
+    A Keras model is stepped by its optimizer as it is, compiled (docs/tensorflow.md): eagerly or in
+    a ``tf.function``. What is said here of ``.grad`` and of `scaler` is PyTorch's.
+
     Args:
         model: a ``torch.nn.Module`` with an optimizer attached as ``model.current_optimizer``.
-            Parameters that the optimizer does not hold are differentiated, not stepped.
+            Parameters that the optimizer does not hold are differentiated, not stepped. Or a Keras
+            model (Keras 3 on TensorFlow, or tf-keras) with an optimizer attached or compiled in.
         loss: a floating tensor of any shape; its mean over all elements is differentiated.
-        tape: TensorFlow's, which is not in this version: leave it None.
+        tape: for a Keras model the ``tf.GradientTape`` that recorded the loss, inside or after its
+            ``with`` block. None for a torch model.
         retain_graph: True keeps the graph for another call. Give False at the last use of a graph:
             its memory is freed earlier.
         scaler: a ``torch.amp.GradScaler``; the step is skipped if a gradient is not finite. What is
@@ -53,10 +60,13 @@ def update_model(
         deferred: maps a model's name (``model.model_name``, else a name unique to it) to callables
             taking no argument; calling each, in the dict's order, applies what was deferred.
             Deferred calls on one model leave one callable and make one step on the summed gradient;
-            a call without `defer` applies what is pending too and removes the model's callable.
+            a call without `defer` applies what is pending too and removes the model's callable. For
+            Keras models they pile up, one a call, each a step on its own gradients.
 
     Raises:
-        ValueError: `loss` is no tensor; `model` no ``torch.nn.Module``; no optimizer is attached;
+        ValueError: `loss` is no tensor; `model` neither a ``torch.nn.Module`` nor a Keras model, or
+            not of the loss's framework; `tape` is missing, or `scaler` given, for a Keras model; no
+            optimizer is attached;
             no trainable parameter, or none that the loss reaches or the optimizer holds; `defer`
             without `deferred`; pending gradients that carry the scale of another scaler;
             `retain_graph`, `scaler` or `defer` with a model that was built with ``in_backward``.
@@ -75,21 +85,27 @@ def update_model(
         >>> bool((model.weight != 0).all()), model.weight.grad
         (True, None)
     """
-    if not frameworks.is_torch_tensor(loss):
-        kind = frameworks.type_name(loss)
-        if frameworks.is_tensorflow(loss):
-            message = (
-                f"loss is a {kind}: TensorFlow is not in this version of pyupdate; "
-                "give a torch.Tensor"
-            )
-        else:
-            message = f"loss must be a torch.Tensor, but is {kind}"
+    if not frameworks.is_torch_tensor(loss) and not frameworks.is_tensorflow_tensor(loss):
+        message = f"loss must be a torch.Tensor or a tf.Tensor, but is {frameworks.type_name(loss)}"
         raise ValueError(message)
     frameworks.check_model(model)
+    if frameworks.is_keras_model(model):
+        if not frameworks.is_tensorflow_tensor(loss):
+            kind = frameworks.type_name(loss)
+            message = f"loss is a {kind}, but the model is Keras's: give a tf.Tensor"
+            raise ValueError(message)
+        from .tensorflow import update as keras_update
+
+        keras_update.update(model, loss, tape, scaler, defer, deferred)
+        return
+    if not frameworks.is_torch_tensor(loss):
+        kind = frameworks.type_name(loss)
+        message = f"loss is a {kind}, but the model is torch's: give a torch.Tensor"
+        raise ValueError(message)
     if tape is not None:
         message = (
-            f"tape is a {frameworks.type_name(tape)}: tapes are TensorFlow's, which is not in this "
-            "version of pyupdate; leave tape=None for a torch model"
+            f"tape is a {frameworks.type_name(tape)}: tapes are TensorFlow's; leave tape=None for "
+            "a torch model"
         )
         raise ValueError(message)
     from .pytorch import update
@@ -98,7 +114,7 @@ def update_model(
 
 
 def averaged_weights(
-    model_or_optimizer: torch.nn.Module | torch.optim.Optimizer,
+    model_or_optimizer: torch.nn.Module | torch.optim.Optimizer | keras.Model,
 ) -> AbstractContextManager[None]:
     """Put the averages that ``ema_decay`` keeps into the parameters, inside a ``with`` block.
 
@@ -130,7 +146,9 @@ def averaged_weights(
     return averages.swapped_in(model_or_optimizer)
 
 
-def last_update(model_or_optimizer: torch.nn.Module | torch.optim.Optimizer) -> LastUpdate | None:
+def last_update(
+    model_or_optimizer: torch.nn.Module | torch.optim.Optimizer | keras.Model | keras.Optimizer,
+) -> LastUpdate | None:
     """What the last update did: gradient norm, whether it was skipped, the multiplier.
 
     Its values are read from the device when they are asked for, not when the update is made.
@@ -155,6 +173,10 @@ def last_update(model_or_optimizer: torch.nn.Module | torch.optim.Optimizer) -> 
         False
     """
     optimizer: Any = model_or_optimizer
+    if frameworks.is_tensorflow(optimizer):
+        from .tensorflow import update as keras_update
+
+        return keras_update.last_update(optimizer)
     if frameworks.is_torch_module(optimizer):
         optimizer = getattr(optimizer, "current_optimizer", None)
     if not hasattr(optimizer, "param_groups"):

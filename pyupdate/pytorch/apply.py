@@ -15,8 +15,8 @@ from torch.amp.grad_scaler import OptState
 
 from pyupdate.options import LastUpdate
 
+from ..remembered import Remembered
 from . import accumulation, step
-from .remembered import Remembered
 
 Scaler = torch.amp.GradScaler
 

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from torch import nn
 
 from pyupdate import frameworks
 from pyupdate.kernels.language import Rule
+from pyupdate.names import new_name
 from pyupdate.options import Options
 
 from . import apply, in_backward
-
-_names_given: Counter[str] = Counter()
 
 
 def attach(
@@ -42,7 +40,7 @@ def attach(
     if during_backward:
         in_backward.check_model(model_name or kept or kind, model, optimizer)
     if model_name is None:
-        model_name = kept if isinstance(kept, str) and kept else _new_name(kind)
+        model_name = kept if isinstance(kept, str) and kept else new_name(kind)
     model.current_optimizer = optimizer
     model.model_name = model_name  # type: ignore[assignment]
     if during_backward or in_backward.is_wanted(model):
@@ -81,9 +79,3 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, arguments: dict[str, 
     if not Options(**arguments).asked_for:
         return made
     return optim.accelerate(made, **arguments)
-
-
-def _new_name(kind: str) -> str:
-    _names_given[kind] += 1
-    count = _names_given[kind]
-    return kind if count == 1 else f"{kind}_{count}"

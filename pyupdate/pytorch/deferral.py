@@ -7,7 +7,6 @@ scaled. The records do not keep a model alive, the callables in the user's dict 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pyupdate.draining import Waiting
+from pyupdate.names import name_of
 
+from ..remembered import Remembered
 from . import accumulation, apply, gradients, step
-from .remembered import Remembered
 
 Deferred = MutableMapping[str, list[Callable[[], None]]]
 
@@ -34,8 +34,6 @@ class _Scale:
 
 
 _pending: Remembered[_Scale | None] = Remembered()
-_names: Remembered[str] = Remembered()
-_numbers = itertools.count(1)
 
 
 class DeferredUpdate(Waiting):
@@ -143,39 +141,6 @@ def _step_together(due: Sequence[_Due]) -> bool:
     for one in due:
         one.settle()
     return True
-
-
-def name_of(model: nn.Module) -> str:
-    """``model.model_name``, else a name that no other model has."""
-    name: Any = getattr(model, "model_name", None)
-    if isinstance(name, str) and name:
-        return name
-    if model not in _names:
-        _names[model] = f"{type(model).__name__} #{next(_numbers)}"
-    return _names[model]
-
-
-def check_deferred(name: str, defer: bool, deferred: Any) -> None:
-    """Refuse a dict that a deferred update could not be left in, or found in.
-
-    Raises:
-        ValueError: names the model.
-    """
-    if deferred is None:
-        if not defer:
-            return
-        message = (
-            f"defer=True for '{name}' needs a dict to leave the update in: give deferred={{}} and "
-            "call what it holds when all losses are differentiated"
-        )
-        raise ValueError(message)
-    if not isinstance(deferred, MutableMapping):
-        message = f"deferred must be a dict or None, but is a {type(deferred).__name__}"
-        raise ValueError(message)
-    entry = deferred.get(name)
-    if entry is not None and not isinstance(entry, list):
-        message = f"deferred['{name}'] must be a list of callables, but is a {type(entry).__name__}"
-        raise ValueError(message)
 
 
 def is_pending(model: nn.Module, params: Sequence[Tensor]) -> bool:

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..remembered import Remembered
 from . import apply, gradients, reentrant, step
-from .remembered import Remembered
 
 # A bucket costs a plan's step, some 50 us on the CPU: that long takes AdamW for the fewest elements
 # of a bucket. Between the two, a bucket is this part of the model.

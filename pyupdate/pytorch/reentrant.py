@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .remembered import Remembered
+from ..remembered import Remembered
 
 _NODE = "CheckpointFunctionBackward"
 _MEND = "give checkpoint(..., use_reentrant=False)"

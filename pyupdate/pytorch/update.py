@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyupdate import amp
+from pyupdate.names import check_deferred, name_of
 
 from . import accumulation, apply, deferral, gradients, in_backward, reentrant, step
 
@@ -22,8 +23,8 @@ def update(
     deferred: deferral.Deferred | None,
 ) -> None:
     """Do what `pyupdate.update_model` says, with a module and a tensor."""
-    name = deferral.name_of(model)
-    deferral.check_deferred(name, defer, deferred)
+    name = name_of(model)
+    check_deferred(name, defer, deferred)
     optimizer = apply.optimizer_of(model, name)
     if step.has_rule(optimizer):
         step.check_not_swapped(step.engine_of(optimizer))

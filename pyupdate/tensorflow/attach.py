@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Keras half of ``pyupdate.build``: make the optimizer, check it, attach it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from pyupdate import frameworks
+from pyupdate.names import new_name
+from pyupdate.options import PARAMETERS, Options
+
+from . import halves, optimizers
+
+TORCH_ONLY = ("norm_type", "error_if_nonfinite", "state_dtype", "stochastic_rounding", "seed")
+"""Options that a step in TensorFlow has not."""
+
+
+def attach(
+    model: Any,
+    optimizer: Any,
+    model_name: str | None,
+    arguments: dict[str, Any],
+    during_backward: bool,
+) -> Any:
+    """Do what `pyupdate.build` says with a Keras model; nothing is attached if it is refused."""
+    if during_backward:
+        message = "in_backward is PyTorch's: leave it out for a Keras model"
+        raise ValueError(message)
+    own = {parameter.name for parameter in PARAMETERS}
+    options = Options(**{k: v for k, v in arguments.items() if k in own})
+    numbers = {k: v for k, v in arguments.items() if k not in own}
+    if wrong := [name for name in options.asked_for if name in TORCH_ONLY]:
+        message = f"{wrong[0]} is PyTorch's: leave it out for a Keras model"
+        raise ValueError(message)
+    made = _optimizer(model, optimizer, numbers)
+    kept = getattr(model, "model_name", None)
+    if model_name is None:
+        model_name = kept if isinstance(kept, str) and kept else new_name(type(model).__name__)
+    owners = list(model.trainable_variables)
+    if owners:  # else at the first update: the model has not seen data yet
+        halves.make_state(made, owners, model_name)
+    model.current_optimizer = made
+    model.model_name = model_name
+    model.update_options = options
+    return model
+
+
+def _optimizer(model: Any, optimizer: Any, numbers: dict[str, Any]) -> Any:
+    if isinstance(optimizer, str):
+        package = importlib.import_module(optimizers.home(model) or "keras")
+        try:
+            return package.optimizers.get({"class_name": optimizer, "config": numbers})
+        except ValueError as error:
+            message = f"optimizer {optimizer!r} with {numbers} is none that Keras makes: {error}"
+            raise ValueError(message) from error
+    if numbers:
+        message = f"build got unexpected options {sorted(numbers)}: they go with a name or a rule"
+        raise TypeError(message)
+    made = optimizer
+    if not optimizers.is_optimizer(made) and callable(made):
+        made = made()
+    if not optimizers.is_optimizer(made):
+        what = "optimizer is" if made is optimizer else "the callable given as optimizer returned"
+        message = (
+            f"{what} a {frameworks.type_name(made)}: give a name, a Keras optimizer, or a callable "
+            "without arguments that returns one"
+        )
+        raise ValueError(message)
+    return made

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of a loss's mean, taken behind the tape's back and made dense."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tensorflow as tf
+
+_log = logging.getLogger("pyupdate")
+
+
+@contextmanager
+def not_recorded(tape: Any) -> Iterator[None]:
+    """Nothing that is done inside is recorded by the tape."""
+    if not tape._recording:
+        yield
+        return
+    with tape.stop_recording():
+        yield
+
+
+def taken(tape: Any, loss: Any, variables: Sequence[Any], factor: Any) -> list[Any]:
+    """The gradients of ``factor * mean(loss)``; None where the loss does not reach a variable.
+
+    Neither the mean nor the scale can be recorded, so both are the gradient that comes in.
+    """
+    elements = tf.cast(tf.size(loss), tf.float32)
+    seed = tf.fill(tf.shape(loss), tf.cast(factor / elements, loss.dtype))
+    found: list[Any] = tape.gradient(loss, list(variables), output_gradients=seed)
+    return found
+
+
+def dense(grad: Any, variable: Any) -> Any:
+    """A gradient as a dense tensor: rows that an embedding used twice are added.
+
+    Keras's optimizers take the rows one by one, so that Adam moves a row twice as often as it
+    should, and the norm of a sum is not that of its parts.
+    """
+    if not isinstance(grad, tf.IndexedSlices):
+        return grad
+    rows = tf.cast(variable.shape[0], grad.indices.dtype)
+    return tf.math.unsorted_segment_sum(grad.values, grad.indices, rows)
+
+
+def reached(
+    name: str, grads: Sequence[Any], variables: Sequence[Any], warned: set[str]
+) -> list[int]:
+    """The positions of the gradients that there are; the others are warned about, once a model.
+
+    Raises:
+        ValueError: there are none.
+    """
+    there = [i for i, grad in enumerate(grads) if grad is not None]
+    if not there:
+        message = (
+            f"the loss reaches no trainable variable of '{name}': it does not depend on the model, "
+            "was computed outside of the tape, or the tape (not persistent) was used before"
+        )
+        raise ValueError(message)
+    if len(there) < len(grads) and name not in warned:
+        warned.add(name)
+        missing = [_path(variables[i]) for i, grad in enumerate(grads) if grad is None]
+        _log.warning(
+            "'%s': the loss does not reach %s; such variables are not stepped",
+            name,
+            ", ".join(missing),
+        )
+    return there
+
+
+def _path(variable: Any) -> str:
+    return str(getattr(variable, "path", variable.name))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Float32 copies of variables in half precision, on which the optimizer's step is made.
+
+Keras makes the state of a bfloat16 variable in bfloat16 and computes in it: Adam's beta of 0.999 is
+1 there, the second moment stays 0 and so does the step. And a weight of 1 that moves by 0.001 is
+rounded back to 1. So the optimizer is built on copies in float32, whose sums of small moves are
+what the variable is rounded from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from ..remembered import Remembered
+from . import optimizers
+
+_log = logging.getLogger("pyupdate")
+_copies: Remembered[list[tuple[Any, Any]]] = Remembered()
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Variables in half precision, each with its float32 copy."""
+
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def widen(self) -> None:
+        """Take over what somebody else has written into a variable since it was rounded."""
+        for variable, copy in self.pairs:
+            same = tf.cast(copy, variable.dtype) == tf.convert_to_tensor(variable)
+            copy.assign(tf.where(same, copy, tf.cast(variable, tf.float32)))
+
+    def narrow(self) -> None:
+        """Round the copies into the variables, to nearest even."""
+        for variable, copy in self.pairs:
+            variable.assign(tf.cast(copy, variable.dtype))
+
+
+def make_state(optimizer: Any, model_variables: Sequence[Any], name: str) -> None:
+    """Give an optimizer its state, in float32 for variables in half precision."""
+    halves = [v for v in model_variables if optimizers.tf_variable(v).dtype.size == 2]
+    if optimizers.is_built(optimizer):
+        if halves and optimizer not in _copies:
+            _log.warning(
+                "the optimizer of '%s' has state in %s, in which small moves are lost: attach it "
+                "by pyupdate.build before it is built",
+                name,
+                optimizers.tf_variable(halves[0]).dtype.name,
+            )
+        return
+    if not halves:
+        optimizers.make_state(optimizer, model_variables)
+        return
+    with tf.init_scope():
+        copies = [_copy(v) for v in halves]
+    pairs = list(zip(halves, copies, strict=True))
+    by_id = {id(half): copy for half, copy in pairs}
+    optimizers.make_state(optimizer, [by_id.get(id(v), v) for v in model_variables])
+    _copies[optimizer] = [(optimizers.tf_variable(half), copy) for half, copy in pairs]
+
+
+def of(optimizer: Any, variables: Sequence[Any]) -> tuple[Halves, dict[int, Any]]:
+    """The copies of these ``tf.Variable``; what the optimizer steps in the place of each, by id."""
+    known = {id(variable): (variable, copy) for variable, copy in _copies.get(optimizer) or []}
+    found = [known[id(v)] for v in variables if id(v) in known]
+    pairs = [(variable, optimizers.tf_variable(copy)) for variable, copy in found]
+    return Halves(pairs), {id(variable): copy for variable, copy in found}
+
+
+def _copy(variable: Any) -> Any:
+    value = tf.cast(optimizers.tf_variable(variable), tf.float32)
+    if optimizers.home(variable) == "keras":
+        import keras
+
+        return keras.Variable(value, dtype="float32", name=variable.name)
+    return tf.Variable(value, name=variable.name.partition(":")[0])

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan: one optimizer with one set of gradients, traced once and compiled.
+
+    norm, finite check, multiplier      TensorFlow's kernels      measure.py
+    tf.cond on the check                outside of XLA
+      the optimizer's step, unchanged   XLA                       `Plan._apply`
+    the loss scale                      after the step
+
+The optimizer is traced as it is, whichever subclass it is. A plan does not keep it alive. What XLA
+does not take runs as a plain TensorFlow function, with one line in the log that says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from pyupdate.options import Options
+
+from . import loss_scale, measure, native, optimizers
+from .halves import Halves
+from .state import State
+
+_log = logging.getLogger("pyupdate")
+
+NOT_IN_XLA = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless", "Print", "PrintV2"})
+"""Operations that only TensorFlow runs. Found in the graph, as a user's function that calls ours
+fails where we cannot catch it."""
+REFUSALS = ("unsupported operations", "Trying to access resource", "XLA", "compile-time constant")
+"""What XLA says when it refuses, before anything was written."""
+
+
+class Plan:
+    """One step of one optimizer on dense gradients of known dtypes.
+
+    Args:
+        optimizer: the one that makes the step, its state made.
+        variables: the model's ``tf.Variable`` of each gradient.
+        targets: what the optimizer steps: the same, or what Keras 3 wraps them in.
+        options: of `pyupdate.build`.
+        scale: how the gradients are scaled.
+        state: accumulators and averages of these variables.
+        halves: float32 copies of variables in half precision.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        variables: Sequence[Any],
+        targets: Sequence[Any],
+        options: Options,
+        scale: loss_scale.LossScale | None,
+        state: State,
+        halves: Halves,
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.variables = list(variables)
+        self.targets = list(targets)
+        self.options = options
+        self.scale = scale
+        self.state = state
+        self.halves = halves
+        self.clips = measure.clips_of(optimizer)
+        self.checks = options.skip_nonfinite or (scale is not None and scale.counter is not None)
+        self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
+        self.accumulates = options.accumulation_steps > 1
+        self._concrete: Any = None
+        self._captured: list[Any] = []
+        self._said: set[str] = set()
+        self.compiled = self._can_compile()
+        simple = not halves.pairs and options.ema_decay is None
+        self._native = native.kernels_of(optimizer, variables) if simple else None
+
+    # ----- running --------------------------------------------------------------------------------
+
+    def __call__(self, grads: Sequence[Any], scale: Any) -> Any:
+        """Make the step, or a micro-batch of one.
+
+        Args:
+            grads: dense, in the order of the variables.
+            scale: what they are scaled by, a float32 tensor; None where they are not.
+
+        Returns:
+            Norm, skipped and multiplier, as float32 tensors; the empty tuple where nobody asked.
+        """
+        inputs = [*grads] if scale is None else [*grads, scale]
+        if tf.config.functions_run_eagerly():
+            self._say("tf.config.run_functions_eagerly is on: nothing is compiled")
+            return self._step(*inputs)
+        if self._concrete is None:
+            self._trace(inputs)
+        if not tf.executing_eagerly():
+            return self._concrete(*inputs)
+        try:
+            return self._run(inputs)
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+            if not self.compiled or not any(text in str(error) for text in REFUSALS):
+                raise
+            self.compiled = False
+            self._say(f"XLA refuses it ({str(error).strip().splitlines()[0][:200]})")
+            self._trace(inputs)
+            return self._run(inputs)
+
+    def _run(self, inputs: list[Any]) -> Any:
+        # With 300 variables the public call takes 14 ms and this 10: it packs no arguments.
+        return self._concrete._call_flat(inputs, self._captured)
+
+    def _trace(self, inputs: Sequence[Any]) -> None:
+        shapes = [variable.shape for variable in self.variables]
+        shapes += [tf.TensorShape([])] * (len(inputs) - len(shapes))
+        specs = [
+            tf.TensorSpec(shape, given.dtype) for shape, given in zip(shapes, inputs, strict=True)
+        ]
+        with tf.init_scope():
+            whole = self._step
+            if not (self.measures or self.accumulates or self.scale is not None):
+                whole = self._only_apply  # nothing to do outside of XLA: one function, not two
+                made = tf.function(whole, jit_compile=self._jits, autograph=False)
+            else:
+                made = tf.function(whole, autograph=False)
+            concrete = made.get_concrete_function(*specs)
+            if self._jits and (refused := _refused(concrete.graph)):
+                self.compiled = False
+                self._say(f"XLA does not run {refused}")
+                self._trace(inputs)
+                return
+        self._concrete = concrete
+        self._captured = list(concrete.captured_inputs)
+
+    @property
+    def _jits(self) -> bool:
+        return self.compiled and self._native is None
+
+    def _can_compile(self) -> bool:
+        kinds = {variable.dtype for variable in self.variables}
+        if tf.string in kinds:
+            self._say("a variable holds strings")
+            return False
+        devices = {variable.device for variable in self.variables}
+        if len(devices) > 1:
+            self._say(f"its variables are on several devices ({', '.join(sorted(devices))})")
+            return False
+        return True
+
+    def _say(self, why: str) -> None:
+        """Log once why a step runs without XLA."""
+        if why not in self._said:
+            self._said.add(why)
+            kind = type(self._optimizer()).__name__
+            _log.warning("%s is stepped without XLA: %s", kind, why)
+
+    # ----- what is traced -------------------------------------------------------------------------
+
+    def _only_apply(self, *grads: Any) -> tuple[Any, ...]:
+        self._apply(list(grads), None)
+        return ()
+
+    def _step(self, *inputs: Any) -> tuple[Any, ...]:
+        count = len(self.variables)
+        grads = list(inputs[:count])
+        unscale = tf.constant(1.0) if self.scale is None else 1.0 / inputs[count]
+        if not self.accumulates:
+            return self._whole(grads, unscale)
+        ready = self.state.add(grads, unscale, self.options.accumulation_steps)
+        if not self.measures:
+            tf.cond(ready, self._flush, lambda: None)
+            return ()
+        return tuple(tf.cond(ready, self._flush, lambda: self.state.latest()))
+
+    def _flush(self) -> Any:
+        """The step on the mean of the micro-batches; what was added up is gone, skipped or not."""
+        found = self._whole(self.state.means(), tf.constant(1.0))
+        with tf.control_dependencies(list(found)):
+            self.state.clear()
+        if not found:
+            return None
+        self.state.keep(found)
+        return found
+
+    def _whole(self, grads: list[Any], unscale: Any) -> tuple[Any, ...]:
+        if not self.measures:
+            multiplier = None if self.scale is None else unscale
+            self._inner(grads, multiplier)
+            return ()
+        found = measure.measured(grads, unscale, self.options, self.clips, check=self.checks)
+        if found.finite is None:
+            self._inner(grads, found.multiplier)
+            skipped = tf.constant(0.0)
+        else:
+            tf.cond(
+                found.finite,
+                lambda: self._inner(grads, found.multiplier),
+                self._skipped,
+            )
+            # Not moved before the step: a step that XLA refuses must leave it alone.
+            if self.scale is not None:
+                self.scale.move(found.finite)
+            skipped = tf.where(found.finite, 0.0, 1.0)
+        multiplier = found.multiplier
+        if multiplier.shape.rank == 1:
+            multiplier = tf.reduce_min(multiplier)
+        return found.norm, skipped, multiplier
+
+    def _inner(self, grads: list[Any], multiplier: Any) -> None:
+        arguments = [*grads] if multiplier is None else [*grads, multiplier]
+
+        def inner(*given: Any) -> None:
+            several = list(given)
+            self._apply(several[: len(grads)], None if multiplier is None else several[-1])
+
+        if self._jits:
+            run: Callable[..., None] = tf.function(inner, jit_compile=True, autograph=False)
+            run(*arguments)
+        else:
+            inner(*arguments)
+
+    def _skipped(self) -> None:
+        if self.scale is not None and self.scale.counts_skipped:
+            self._alive().iterations.assign_add(1)
+
+    def _apply(self, grads: list[Any], multiplier: Any) -> None:
+        """The apply pass: everything that moves."""
+        optimizer = self._alive()
+        value = self.options.clip_value
+        if multiplier is not None or value is not None or self.halves.pairs:
+            grads = measure.multiplied(grads, multiplier, value)
+        if self._native is not None:
+            self._native(optimizer, grads, self.targets)
+            return
+        self.halves.widen()
+        hidden: dict[str, Any] = dict(self.clips.replaced)
+        if getattr(optimizer, "loss_scale_factor", None) is not None:
+            hidden["loss_scale_factor"] = None
+        with optimizers.replaced(optimizer, **hidden):
+            optimizers.apply(optimizer, grads, self.targets)
+        self.halves.narrow()
+        if self.options.ema_decay is not None:
+            self.state.average(1.0 - self.options.ema_decay)
+
+    def _alive(self) -> Any:
+        optimizer = self._optimizer()
+        assert optimizer is not None  # who calls us holds it
+        return optimizer
+
+
+def _refused(graph: Any) -> str:
+    """The first operation of a graph, or of a function that it calls, that XLA does not run."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node]
+    for function in definition.library.function:
+        nodes += function.node_def
+    return next((node.op for node in nodes if node.op in NOT_IN_XLA), "")

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``update_model`` for Keras models: check, differentiate, step or defer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from pyupdate import frameworks
+from pyupdate.names import check_deferred, name_of
+from pyupdate.options import LastUpdate, Options
+
+from ..remembered import Remembered
+from . import gradients, halves, loss_scale, optimizers, replicas
+from .plan import Plan
+from .state import State
+
+Deferred = MutableMapping[str, list[Callable[[], None]]]
+
+PLANS = 16
+"""So many plans an optimizer has at most: the one not used for longest is forgotten."""
+
+_plans: Remembered[OrderedDict[Any, Plan]] = Remembered()
+_last: Remembered[LastUpdate | list[Any]] = Remembered()
+_warned: Remembered[set[str]] = Remembered()
+
+
+def update(
+    model: Any, loss: Any, tape: Any, scaler: Any, defer: bool, deferred: Deferred | None
+) -> None:
+    """Do what `pyupdate.update_model` says, with a Keras model and a ``tf.Tensor``."""
+    name = name_of(model)
+    check_deferred(name, defer, deferred)
+    _check(name, model, loss, tape, scaler)
+    optimizer = optimizer_of(model, name)
+    owners = list(model.trainable_variables)
+    if not owners:
+        message = (
+            f"'{name}' has no trainable variables: it was never called on data (not built), or "
+            "every layer is frozen (trainable=False)"
+        )
+        raise ValueError(message)
+    halves.make_state(optimizer, owners, name)
+    variables = [optimizers.tf_variable(owner) for owner in owners]
+    scaling = loss_scale.of(optimizer)
+    with gradients.not_recorded(tape):
+        scale = None if scaling is None else scaling.value()
+        factor = (1.0 if scale is None else scale) / replicas.count()
+        grads = gradients.taken(tape, loss, variables, factor)
+        warned = _warned.get(model)
+        if warned is None:
+            _warned[model] = warned = set()
+        there = gradients.reached(name, grads, owners, warned)
+        dense = [gradients.dense(grads[i], variables[i]) for i in there]
+        if not defer:
+            apply(model, name, [owners[i] for i in there], dense, scale)
+            return
+    assert deferred is not None  # check_deferred
+    held = [owners[i] for i in there]
+
+    def deferred_update() -> None:
+        with gradients.not_recorded(tape):
+            apply(model, name, held, dense, scale)
+
+    deferred.setdefault(name, []).append(deferred_update)
+
+
+def optimizer_of(model: Any, name: str) -> Any:
+    """``model.current_optimizer``, else what ``compile`` has set.
+
+    Raises:
+        ValueError: there is none, or it is none of Keras's.
+    """
+    for attribute in ("current_optimizer", "optimizer"):
+        found = getattr(model, attribute, None)
+        if found is None:
+            continue
+        if not optimizers.is_optimizer(found):
+            message = (
+                f"the {attribute} of '{name}' is a {frameworks.type_name(found)}: give a Keras "
+                "optimizer"
+            )
+            raise ValueError(message)
+        return found
+    message = (
+        f"'{name}' has no optimizer: attach one by pyupdate.build(model, 'adam'), or by "
+        "model.compile(optimizer=...)"
+    )
+    raise ValueError(message)
+
+
+def apply(model: Any, name: str, owners: Sequence[Any], grads: Sequence[Any], scale: Any) -> None:
+    """Step the optimizer that the model has now on dense gradients of these variables."""
+    optimizer = optimizer_of(model, name)
+    inner = optimizers.stepped(optimizer)
+    variables = [optimizers.tf_variable(owner) for owner in owners]
+    options: Options = getattr(model, "update_options", None) or Options()
+    scaling = loss_scale.of(optimizer)
+    if replicas.count() > 1:
+        replicas.step(name, optimizer, owners, grads, options, scaling, scale)
+        return
+    plans = _plans.get(optimizer)
+    if plans is None:
+        _plans[optimizer] = plans = OrderedDict()
+    key = (
+        options,
+        tuple(map(id, variables)),
+        tuple(grad.dtype for grad in grads),
+        scale is not None,
+        optimizers.fingerprint(inner),
+        None if scaling is None else scaling.growth_steps,
+    )
+    plan = plans.get(key)
+    if plan is None:
+        copies, stand_ins = halves.of(optimizer, variables)
+        targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
+        state = _state(model, variables, options)
+        plan = Plan(inner, variables, targets, options, scaling, state, copies)
+        plans[key] = plan
+        if len(plans) > PLANS:
+            plans.popitem(last=False)
+    else:
+        plans.move_to_end(key)
+    _keep(optimizer, plan(grads, scale), scale)
+
+
+def last_update(model_or_optimizer: Any) -> LastUpdate | None:
+    """Do what `pyupdate.last_update` says."""
+    optimizer = model_or_optimizer
+    if not optimizers.is_optimizer(optimizer):
+        optimizer = optimizer_of(optimizer, name_of(optimizer))
+    found = _last.get(optimizer)
+    return _read(found) if isinstance(found, list) else found
+
+
+def _keep(optimizer: Any, found: Sequence[Any], scale: Any) -> None:
+    """Remember what a step found; inside a ``tf.function`` by variables that it writes."""
+    if not found:
+        eager = scale is not None and tf.executing_eagerly()
+        multiplier = (lambda: 1.0 / float(scale)) if eager else 1.0
+        _last[optimizer] = LastUpdate(None, False, multiplier)
+        return
+    if tf.executing_eagerly():
+        _last[optimizer] = _read(found)
+        return
+    kept = _last.get(optimizer)
+    if not isinstance(kept, list):
+        with tf.init_scope():
+            _last[optimizer] = kept = [tf.Variable(0.0, trainable=False) for _ in found]
+    for variable, value in zip(kept, found, strict=True):
+        variable.assign(value)
+
+
+def _read(found: Sequence[Any]) -> LastUpdate:
+    norm, skipped, multiplier = (tf.identity(value) for value in found)
+    return LastUpdate(
+        lambda: float(norm.numpy()),
+        lambda: bool(skipped.numpy()),
+        lambda: float(multiplier.numpy()),
+    )
+
+
+def _state(model: Any, variables: Sequence[Any], options: Options) -> State:
+    if options.accumulation_steps == 1 and options.ema_decay is None:
+        return State(variables, Options())
+    state = getattr(model, "update_state", None)
+    if not isinstance(state, State) or not state.holds(variables):
+        model.update_state = state = State(variables, options)
+    return state
+
+
+def _check(name: str, model: Any, loss: Any, tape: Any, scaler: Any) -> None:
+    """Refuse what TensorFlow cannot do anything with, before anything is computed.
+
+    Raises:
+        ValueError: says what to give.
+    """
+    if optimizers.home(model) == "keras":
+        import keras
+
+        if keras.backend.backend() != "tensorflow":
+            message = (
+                f"'{name}' runs on Keras's back end {keras.backend.backend()}: set KERAS_BACKEND="
+                "tensorflow before Keras is imported"
+            )
+            raise ValueError(message)
+    if not loss.dtype.is_floating:
+        message = f"loss must be a floating tensor, but is one of {loss.dtype.name}"
+        raise ValueError(message)
+    if scaler is not None:
+        message = (
+            f"scaler is PyTorch's, but '{name}' is a Keras model: leave scaler=None and give the "
+            "model a keras.optimizers.LossScaleOptimizer"
+        )
+        raise ValueError(message)
+    if not isinstance(tape, tf.GradientTape):
+        found = "is missing" if tape is None else f"is a {frameworks.type_name(tape)}"
+        message = (
+            f"tape {found}: compute the loss of '{name}' inside `with tf.GradientTape() as tape:` "
+            "and give tape=tape"
+        )
+        raise ValueError(message)
