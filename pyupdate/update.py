@@ -141,9 +141,13 @@ def averaged_weights(
         >>> with pyupdate.averaged_weights(model):
         ...     answer = model(torch.ones(1, 4))
     """
-    from .pytorch import averages
-
-    return averages.swapped_in(model_or_optimizer)
+    averages: Any
+    if frameworks.is_keras_model(model_or_optimizer):
+        from .tensorflow import averages
+    else:
+        from .pytorch import averages
+    swapped_in: AbstractContextManager[None] = averages.swapped_in(model_or_optimizer)
+    return swapped_in
 
 
 def last_update(

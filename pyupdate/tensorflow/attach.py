@@ -46,14 +46,29 @@ def attach(
     return model
 
 
+def _named(package: Any) -> dict[str, Any]:
+    """Keras's optimizers by their names in small letters, as Keras's own strings are."""
+    kinds = [kind for kind in vars(package).values() if isinstance(kind, type)]
+    return {
+        kind.__name__.lower(): kind
+        for kind in kinds
+        if issubclass(kind, package.Optimizer)
+        and kind is not package.Optimizer
+        and not optimizers.scales_loss_by_type(kind)
+    }
+
+
 def _optimizer(model: Any, optimizer: Any, numbers: dict[str, Any]) -> Any:
     if isinstance(optimizer, str):
-        package = importlib.import_module(optimizers.home(model) or "keras")
-        try:
-            return package.optimizers.get({"class_name": optimizer, "config": numbers})
-        except ValueError as error:
-            message = f"optimizer {optimizer!r} with {numbers} is none that Keras makes: {error}"
-            raise ValueError(message) from error
+        known = _named(importlib.import_module(optimizers.home(model)).optimizers)
+        if optimizer.lower() not in known:
+            message = (
+                f"optimizer {optimizer!r} is unknown: give one of "
+                f"{', '.join(map(repr, sorted(known)))}, a Keras optimizer, or a callable that "
+                "returns one"
+            )
+            raise ValueError(message)
+        return known[optimizer.lower()](**numbers)
     if numbers:
         message = f"build got unexpected options {sorted(numbers)}: they go with a name or a rule"
         raise TypeError(message)

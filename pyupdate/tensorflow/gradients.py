@@ -35,11 +35,13 @@ def taken(tape: Any, loss: Any, variables: Sequence[Any], factor: Any) -> list[A
 
 
 def dense(grad: Any, variable: Any) -> Any:
-    """A gradient as a dense tensor: rows that an embedding used twice are added.
+    """A gradient as a dense tensor: rows that an embedding used twice are added; none is zeros.
 
     Keras's optimizers take the rows one by one, so that Adam moves a row twice as often as it
     should, and the norm of a sum is not that of its parts.
     """
+    if grad is None:
+        return tf.zeros(variable.shape, variable.dtype)
     if not isinstance(grad, tf.IndexedSlices):
         return grad
     rows = tf.cast(variable.shape[0], grad.indices.dtype)

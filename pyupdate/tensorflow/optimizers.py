@@ -37,7 +37,12 @@ def is_legacy(optimizer: Any) -> bool:
 
 def scales_loss(optimizer: Any) -> bool:
     """Whether it is a ``LossScaleOptimizer`` of either package, by itself and not by a policy."""
-    return any(base.__name__.startswith("LossScaleOptimizer") for base in type(optimizer).__mro__)
+    return scales_loss_by_type(type(optimizer))
+
+
+def scales_loss_by_type(kind: type) -> bool:
+    """Whether its instances scale the loss."""
+    return any(base.__name__.startswith("LossScaleOptimizer") for base in kind.__mro__)
 
 
 def stepped(optimizer: Any) -> Any:
@@ -50,7 +55,7 @@ def is_built(optimizer: Any) -> bool:
     if home(optimizer) == "keras":
         return bool(optimizer.built)
     inner = stepped(optimizer)
-    return bool(getattr(inner, "_weights", ())) if is_legacy(inner) else bool(inner.built)
+    return bool(getattr(inner, "_weights" if is_legacy(inner) else "_built", False))
 
 
 def make_state(optimizer: Any, variables: Sequence[Any]) -> None:

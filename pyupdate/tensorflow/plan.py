@@ -43,7 +43,7 @@ class Plan:
         targets: what the optimizer steps: the same, or what Keras 3 wraps them in.
         options: of `pyupdate.build`.
         scale: how the gradients are scaled.
-        state: accumulators and averages of these variables.
+        state: the model's sums and averages; None where the options keep none.
         halves: float32 copies of variables in half precision.
     """
 
@@ -54,7 +54,7 @@ class Plan:
         targets: Sequence[Any],
         options: Options,
         scale: loss_scale.LossScale | None,
-        state: State,
+        state: State | None,
         halves: Halves,
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
@@ -62,7 +62,7 @@ class Plan:
         self.targets = list(targets)
         self.options = options
         self.scale = scale
-        self.state = state
+        self._state = state
         self.halves = halves
         self.clips = measure.clips_of(optimizer)
         self.checks = options.skip_nonfinite or (scale is not None and scale.counter is not None)
@@ -239,7 +239,13 @@ class Plan:
             optimizers.apply(optimizer, grads, self.targets)
         self.halves.narrow()
         if self.options.ema_decay is not None:
-            self.state.average(1.0 - self.options.ema_decay)
+            self.state.average(self.variables, 1.0 - self.options.ema_decay)
+
+    @property
+    def state(self) -> State:
+        """What the options keep."""
+        assert self._state is not None  # they keep something
+        return self._state
 
     def _alive(self) -> Any:
         optimizer = self._optimizer()

@@ -7,7 +7,8 @@ model carries it; nothing is added to the user's optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -16,26 +17,44 @@ from pyupdate.options import Options
 
 
 class State(tf.Module):  # type: ignore[misc]
-    """Sums, averages and what the last step found, for variables in the model's order."""
+    """Sums, averages and what the last step found, for a model's trainable variables.
 
-    def __init__(self, variables: Sequence[Any], options: Options) -> None:
+    Args:
+        variables: the model's, all that are trainable.
+        options: which of them are kept.
+        before: kept so far, for other variables of the same model (a layer was frozen).
+    """
+
+    def __init__(self, variables: Sequence[Any], options: Options, before: State | None) -> None:
         super().__init__(name="update_state")
+        self.swapped = False
+        self.stepped = list(variables)
         self.sums: list[Any] = []
         self.averages: list[Any] = []
-        self._of = tuple(variables)
+        known = [] if before is None else before.stepped
+        places = {id(variable): place for place, variable in enumerate(known)}
+
+        def kept(name: str, variable: Any, value: Callable[[], Any]) -> Any:
+            place = places.get(id(variable))
+            earlier = [] if before is None else getattr(before, name)
+            return _variable(value()) if place is None or not earlier else earlier[place]
+
         with tf.init_scope():
             if options.accumulation_steps > 1:
-                self.sums = [_variable(tf.zeros(v.shape, _wide(v.dtype))) for v in variables]
+                self.sums = [
+                    kept("sums", v, partial(tf.zeros, v.shape, _wide(v.dtype))) for v in variables
+                ]
                 self.position = _variable(tf.zeros([], tf.int64))
                 self.found = [_variable(tf.zeros([])) for _ in range(3)]
             if options.ema_decay is not None:
-                self.averages = [_variable(tf.cast(v, _wide(v.dtype))) for v in variables]
+                self.averages = [
+                    kept("averages", v, partial(tf.cast, v, _wide(v.dtype))) for v in variables
+                ]
 
-    def holds(self, variables: Sequence[Any]) -> bool:
-        """Whether it was made for these variables."""
-        return len(variables) == len(self._of) and all(
-            a is b for a, b in zip(self._of, variables, strict=True)
-        )
+    def serves(self, variables: Sequence[Any], options: Options) -> bool:
+        """Whether it keeps what these options ask for, for exactly these variables."""
+        asked = (options.accumulation_steps > 1, options.ema_decay is not None)
+        return asked == (bool(self.sums), bool(self.averages)) and _same(self.stepped, variables)
 
     def add(self, grads: Sequence[Any], unscale: Any, steps: int) -> Any:
         """Add a micro-batch to the sums; whether it was the last one of `steps`."""
@@ -63,11 +82,17 @@ class State(tf.Module):  # type: ignore[misc]
         """What the last step found."""
         return tuple(tf.identity(variable) for variable in self.found)
 
-    def average(self, weight: float) -> None:
-        """Move every average towards its variable."""
-        for average, variable in zip(self.averages, self._of, strict=True):
+    def average(self, variables: Sequence[Any], weight: float) -> None:
+        """Move the averages of these variables towards them."""
+        of = {id(v): average for v, average in zip(self.stepped, self.averages, strict=True)}
+        for variable in variables:
+            average = of[id(variable)]
             now = tf.cast(variable, average.dtype)
             average.assign_add((now - average) * tf.cast(weight, average.dtype))
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _variable(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pyupdate.names import check_deferred, name_of
 from pyupdate.options import LastUpdate, Options
 
 from ..remembered import Remembered
-from . import gradients, halves, loss_scale, optimizers, replicas
+from . import averages, gradients, halves, loss_scale, optimizers, replicas
 from .plan import Plan
 from .state import State
 
@@ -35,6 +35,7 @@ def update(
     name = name_of(model)
     check_deferred(name, defer, deferred)
     _check(name, model, loss, tape, scaler)
+    averages.check_not_swapped(model, name)
     optimizer = optimizer_of(model, name)
     owners = list(model.trainable_variables)
     if not owners:
@@ -54,6 +55,8 @@ def update(
         if warned is None:
             _warned[model] = warned = set()
         there = gradients.reached(name, grads, owners, warned)
+        if accumulates(model):  # what one micro-batch does not reach, another may
+            there = list(range(len(owners)))
         dense = [gradients.dense(grads[i], variables[i]) for i in there]
         if not defer:
             apply(model, name, [owners[i] for i in there], dense, scale)
@@ -66,6 +69,17 @@ def update(
             apply(model, name, held, dense, scale)
 
     deferred.setdefault(name, []).append(deferred_update)
+
+
+def options_of(model: Any) -> Options:
+    """What `pyupdate.build` was given."""
+    found = getattr(model, "update_options", None)
+    return found if isinstance(found, Options) else Options()
+
+
+def accumulates(model: Any) -> bool:
+    """Whether a step is made of several micro-batches."""
+    return options_of(model).accumulation_steps > 1
 
 
 def optimizer_of(model: Any, name: str) -> Any:
@@ -97,7 +111,7 @@ def apply(model: Any, name: str, owners: Sequence[Any], grads: Sequence[Any], sc
     optimizer = optimizer_of(model, name)
     inner = optimizers.stepped(optimizer)
     variables = [optimizers.tf_variable(owner) for owner in owners]
-    options: Options = getattr(model, "update_options", None) or Options()
+    options = options_of(model)
     scaling = loss_scale.of(optimizer)
     if replicas.count() > 1:
         replicas.step(name, optimizer, owners, grads, options, scaling, scale)
@@ -117,7 +131,7 @@ def apply(model: Any, name: str, owners: Sequence[Any], grads: Sequence[Any], sc
     if plan is None:
         copies, stand_ins = halves.of(optimizer, variables)
         targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
-        state = _state(model, variables, options)
+        state = _state(model, options)
         plan = Plan(inner, variables, targets, options, scaling, state, copies)
         plans[key] = plan
         if len(plans) > PLANS:
@@ -163,13 +177,16 @@ def _read(found: Sequence[Any]) -> LastUpdate:
     )
 
 
-def _state(model: Any, variables: Sequence[Any], options: Options) -> State:
+def _state(model: Any, options: Options) -> State | None:
+    """What the model keeps for its options; None where they keep nothing."""
     if options.accumulation_steps == 1 and options.ema_decay is None:
-        return State(variables, Options())
+        return None
     state = getattr(model, "update_state", None)
-    if not isinstance(state, State) or not state.holds(variables):
-        model.update_state = state = State(variables, options)
-    return state
+    before = state if isinstance(state, State) else None
+    variables = [optimizers.tf_variable(owner) for owner in model.trainable_variables]
+    if before is None or not before.serves(variables, options):
+        model.update_state = before = State(variables, options, before)
+    return before
 
 
 def _check(name: str, model: Any, loss: Any, tape: Any, scaler: Any) -> None:

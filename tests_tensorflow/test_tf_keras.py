@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tf-keras models with their new, legacy and loss-scaling optimizers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="tensorflow is not installed: pyupdate[tensorflow]")
+tf_keras = pytest.importorskip("tf_keras", reason="tf-keras is not installed")
+
+from training import apart, losses, network, ways
+
+import pyupdate
+
+MAKE = {
+    "adam": lambda: tf_keras.optimizers.Adam(0.01, jit_compile=False),
+    "clipped": lambda: tf_keras.optimizers.SGD(0.5, momentum=0.9, global_clipnorm=0.1),
+    "average": lambda: tf_keras.optimizers.RMSprop(0.01, use_ema=True),
+    "legacy": lambda: tf_keras.optimizers.legacy.Adam(0.01),
+    "legacy clipped": lambda: tf_keras.optimizers.legacy.SGD(0.5, clipnorm=0.1),
+}
+
+
+def numbers(values: Any) -> list[Any]:
+    return [np.asarray(value) for value in values]
+
+
+def take(model: Any) -> list[Any]:
+    """The gradients of a step, by tf-keras's own loop, of the weights that there are."""
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(losses(model))
+    found: list[Any] = tape.gradient(loss, model.trainable_variables)
+    return found
+
+
+def update(model: Any) -> None:
+    with tf.GradientTape() as tape:
+        loss = losses(model)
+        pyupdate.update_model(model, loss, tape=tape)
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("way", ["eager", "function", "jit"])
+def test_a_step_is_tf_kerass_own(way: str, name: str) -> None:
+    model, twin = network(tf_keras), network(tf_keras)
+    model.current_optimizer, optimizer = MAKE[name](), MAKE[name]()
+    step = ways(lambda: update(model))[way]
+    for _ in range(3):
+        for mine, its in zip(model.weights, twin.weights, strict=True):
+            its.assign(mine)
+        grads = take(twin)
+        step()
+        optimizer.apply_gradients(zip(grads, twin.trainable_variables, strict=True))
+        assert apart(numbers(model.weights), numbers(twin.weights), floor=0.1) <= 16
+    assert int(model.current_optimizer.iterations) == 3
+
+
+@pytest.mark.parametrize("kind", ["new", "legacy", "fixed"])
+@pytest.mark.parametrize("way", ["eager", "function", "jit"])
+def test_its_loss_scale_is_kept_in_its_variables(way: str, kind: str) -> None:
+    if kind == "legacy":
+        inner = tf_keras.optimizers.legacy.SGD(0.5)
+    else:
+        inner = tf_keras.optimizers.SGD(0.5)
+    given = {"dynamic": kind != "fixed", "initial_scale": 256.0}
+    if kind != "fixed":
+        given["dynamic_growth_steps"] = 2
+    optimizer = tf_keras.mixed_precision.LossScaleOptimizer(inner, **given)
+    model = network(tf_keras)
+    model.current_optimizer = optimizer
+    twin = network(tf_keras)
+
+    def once(factor: Any) -> None:
+        with tf.GradientTape() as tape:
+            loss = losses(model) * factor
+            pyupdate.update_model(model, loss, tape=tape)
+
+    step = ways(once)[way]
+    step(tf.constant(1.0))
+    true = [w.numpy() - 0.5 * g.numpy() for w, g in zip(twin.weights, take(twin), strict=True)]
+    assert apart(numbers(model.weights), true, floor=0.1) <= 16
+    if kind == "fixed":
+        assert float(optimizer.loss_scale) == 256.0
+        return
+    step(tf.constant(1.0))
+    assert float(optimizer.loss_scale) == 512.0
+    before = numbers(model.weights)
+    step(tf.constant(math.inf))
+    assert all((a == b).all() for a, b in zip(before, numbers(model.weights), strict=True))
+    assert float(optimizer.loss_scale) == 256.0
+    assert int(optimizer.dynamic_counter) == 0
+    assert int(optimizer.iterations) == 3  # tf-keras counts a skipped step, Keras 3 does not
+
+
+def test_build_makes_its_optimizers() -> None:
+    model = pyupdate.build(network(tf_keras), "adam", learning_rate=0.25, max_norm=1.0)
+    assert isinstance(model.current_optimizer, tf_keras.optimizers.Adam)
+    before = numbers(model.weights)
+    update(model)
+    assert any((a != b).any() for a, b in zip(before, numbers(model.weights), strict=True))
