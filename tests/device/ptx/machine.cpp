@@ -42,6 +42,7 @@ struct Machine {
   std::vector<u32> order;
   size_t next;  // in `order`: the first thread that has not begun
   u32 live, arrived;
+  u32 in_warps;  // threads that wait in a warp operation
   u32 barrier_line;
   ucontext_t scheduler;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -102,7 +103,7 @@ void exit_thread(Slot& slot) {
   slot.done = true;
   --machine.live;
   Slot* warp = warp_of(slot);
-  for (u32 k = 0; k < 32 && (lanes_of(slot) >> k & 1); ++k) {
+  for (u32 k = 0; machine.in_warps > 0 && k < 32 && (lanes_of(slot) >> k & 1); ++k) {
     if (!warp[k].done && (warp[k].mask >> slot.lane & 1)) fault(slot, kWarp, warp[k].line);
   }
   if (machine.arrived == 0) return;
@@ -188,9 +189,9 @@ void run_block(u32 index) {
   std::fill(machine.shared.begin(), machine.shared.end(), 0xff);  // NaN, whatever it is read as
   std::fill(machine.local.begin(), machine.local.end(), 0xff);
   machine.live = static_cast<u32>(machine.threads.size());
-  machine.next = machine.arrived = 0;
+  machine.next = machine.arrived = machine.in_warps = 0;
   for (u32 k = 0; k < machine.live; ++k) {
-    Slot& slot = machine.threads[k] = {};
+    Slot& slot = machine.threads[k];
     slot.block = &machine.block;
     slot.tid[0] = k % size[0];
     slot.tid[1] = k / size[0] % size[1];
@@ -198,6 +199,8 @@ void run_block(u32 index) {
     slot.linear = k;
     slot.lane = k % 32;
     slot.local = machine.local.data() + k * launch.local_bytes;
+    slot.done = slot.ready = slot.at_barrier = slot.vote = false;
+    slot.line = slot.mask = 0;
   }
   shuffle_order(machine.order, launch.seed == 0 ? 0 : launch.seed + index);
   run_threads();
@@ -319,6 +322,7 @@ void exchange(Thread& self, u32 mask, u64 value, u32 line) {
     if (warp[k].done) fault(self, kWarp, line);
     if (warp[k].done || warp[k].mask != 0) come |= u32{1} << k;
   }
+  ++machine.in_warps;
   if (come != group) {
     wait(slot);
     return;
@@ -331,7 +335,8 @@ void exchange(Thread& self, u32 mask, u64 value, u32 line) {
     warp[k].group = group;
   }
   for (u32 k = 0; k < 32; ++k) {
-    if (!(group >> k & 1)) continue;
+    if (!(group >> k & 1) || warp[k].mask == 0) continue;
+    --machine.in_warps;
     warp[k].mask = 0;
     warp[k].ready = true;
   }

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every CUDA kernel for each architecture and hold its machine code to the design.
+
+    make gpu-static [ARCHS="90"]
+
+No GPU is needed: nvcc, and of the Triton wheel cuobjdump and nvdisasm. A kernel fails if
+
+- its PTX has a fused, approximate or flushing operation (the numeric contract);
+- it has a stack, spills, or touches local memory;
+- it is an apply kernel and 256 threads of it do not fit four times on a multiprocessor (64
+  registers; fp64 is exempt), or cannot load and store 16 bytes at once;
+- it is an apply kernel of fp32 storage that writes, and a multiprocessor full of it asks for less
+  than 32 KiB before the first use: what covers the latency of memory;
+- its machine code has more MUFU, FFMA or DFMA than a kernel with the same division and square root
+  sites and nothing else: whatever is above was made by contraction;
+- it reaches global memory by anything but a 64-bit address.
+
+The table in docs/gpu.md is written with --write, and compared without: it is that of nvcc 13.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .sass import Kernel, kernels
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "gpu-static"
+PAGE = ROOT / "docs" / "gpu.md"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+STORAGES = ("fp64", "fp32", "bf16", "fp16", "bf16+fp32", "fp16+fp32")
+"""Along Storages of csrc/types.h; the last two keep their state in fp32."""
+
+THREADS = 256
+MOST_REGISTERS = 64
+LEAST_IN_FLIGHT = 32 << 10
+# CUDA C++ Programming Guide, technical specifications: threads and KiB of shared memory that a
+# multiprocessor holds. Each block takes 1 KiB more than it asks for.
+MULTIPROCESSORS = {
+    **{80: (2048, 164), 86: (1536, 100), 89: (1536, 100)},
+    **{90: (2048, 228), 100: (2048, 228), 120: (1536, 100)},
+}
+
+FORBIDDEN = re.compile(r"\b(?:fma|mad)\.(?:\w+\.)*b?f\d\S*|\S+\.approx\S*|\S+\.ftz\S*|div\.full\S*")
+SITE = re.compile(r"\b((?:div|rem|sqrt|rcp)\.(?:rn\.f|s|u)\d+)\s")
+Sites = tuple[tuple[str, int], ...]
+
+
+@dataclass
+class Verdict:
+    """What one kernel comes to on one architecture."""
+
+    label: str  # rule and stage
+    storage: str
+    registers: int
+    in_flight: int  # bytes a multiprocessor
+    faults: list[str]
+
+
+def missing_tools() -> list[str]:
+    """What is not to be found, after a look into the Triton wheel."""
+    wheel = importlib.util.find_spec("triton")
+    if wheel is not None and wheel.origin is not None:
+        folder = Path(wheel.origin).parent / "backends" / "nvidia" / "bin"
+        os.environ["PATH"] += f"{os.pathsep}{folder}"
+    needed = {"nvcc": "nvcc", "ptxas": "ptxas (of CUDA)", "c++filt": "c++filt (of binutils)"}
+    needed |= {tool: f"{tool} (of the triton wheel)" for tool in ("cuobjdump", "nvdisasm")}
+    return [text for tool, text in needed.items() if shutil.which(tool) is None]
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    """What a tool printed, both ways."""
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _assemble(ptx: Path, architecture: int) -> list[Kernel]:
+    """What nvcc would make of a PTX file; ptxas is told of -fmad=false as nvcc tells it."""
+    cubin = ptx.with_suffix(".cubin")
+    flags = [f"-arch=sm_{architecture}", "-m64", "--fmad", "false", "-v"]
+    said = _run(["ptxas", *flags, ptx, "-o", cubin])
+    return list(kernels(said, _run(["cuobjdump", "-sass", cubin])))
+
+
+# ----- what divisions and square roots cost
+
+_LOAD = {"f32": ("f32", "%f"), "f64": ("f64", "%d"), "s32": ("u32", "%r"), "u32": ("u32", "%r")}
+_LOAD |= {"s64": ("u64", "%l"), "u64": ("u64", "%l")}
+
+
+def calibration(ptx: str, wanted: Sequence[Sites]) -> str:
+    """PTX whose k-th kernel has the sites of the k-th entry, and no other arithmetic."""
+    head = "".join(re.findall(r"^\.(?:version|target|address_size).*\n", ptx, re.M))
+    parts = [head]
+    for index, sites in enumerate(wanted):
+        lines = ["ld.param.u64 %p, [at];"]
+        for site in (name for name, count in sites for _ in range(count)):
+            load, register = _LOAD[site.split(".")[-1]]
+            binary = site.startswith(("div", "rem"))
+            for k in range(1 + binary):
+                lines.append(f"ld.volatile.global.{load} {register}{k}, [%p];")
+            sources = ", ".join(f"{register}{k}" for k in range(1 + binary))
+            lines.append(f"{site} {register}2, {sources};")
+            lines.append(f"st.volatile.global.{load} [%p], {register}2;")
+        registers = ".reg .f32 %f<3>; .reg .f64 %d<3>; .reg .b32 %r<3>; .reg .b64 %l<3>, %p;"
+        body = "\n".join(["{", registers, *lines, "ret;", "}"])
+        parts.append(f".visible .entry calibration_{index}(.param .u64 at)\n{body}\n")
+    return "\n".join(parts)
+
+
+def _entries(ptx: str) -> dict[str, str]:
+    """The text of each kernel."""
+    found = re.split(r"^\.visible \.entry |^\.weak \.entry |^\.entry ", ptx, flags=re.M)[1:]
+    return {part.split("(", 1)[0]: part for part in found}
+
+
+def sites_of(text: str) -> Sites:
+    """The divisions and roots of a kernel's PTX, counted."""
+    return tuple(sorted(Counter(SITE.findall(text)).items()))
+
+
+# ----- one kernel
+
+
+def _label(name: str) -> tuple[str, str]:
+    """Rule and stage, and storage, from a kernel's name."""
+    plain = _run(["c++filt", name]).strip()
+    match = re.search(r"apply_kernel<.*?rules::(\w+), .*?, (\d+), .*?Storage<(.*?)> *>\(", plain)
+    if match is None:
+        return re.sub(r"\(.*|.*::", "", plain.replace("(anonymous namespace)::", "")), ""
+    types = {"double": "fp64", "float": "fp32"}
+    param, _, state, _ = (
+        types.get(word := kind.strip().split("::")[-1], word) for kind in match[3].split(",")
+    )
+    return f"{match[1]} {match[2]}", param if state == param else f"{param}+{state}"
+
+
+def resident(kernel: Kernel, architecture: int) -> int:
+    """Threads of a multiprocessor, when it holds as many blocks as it can."""
+    threads, kilobytes = MULTIPROCESSORS[architecture]
+    registers = -(-kernel.registers // 8) * 8  # a warp's are given in eights a thread
+    shared = kernel.shared + 1024
+    blocks = min(65536 // (registers * THREADS), threads // THREADS, (kilobytes << 10) // shared)
+    return blocks * THREADS
+
+
+def judge(kernel: Kernel, ptx: str, allowed: Kernel, architecture: int) -> Verdict:
+    """Hold one kernel to everything; `allowed` is the calibration kernel of its sites."""
+    label, storage = _label(kernel.name)
+    faults = [f"{found} in the PTX" for found in FORBIDDEN.findall(ptx)[:3]]
+    if kernel.stack or kernel.spills:
+        faults.append(f"{kernel.stack} bytes of stack, {kernel.spills} of spills")
+    if local := kernel.count("LDL", "STL"):
+        faults.append(f"{local} accesses of local memory")
+    for kind in (("MUFU",), ("FFMA", "DFMA")):
+        found, most = kernel.count(*kind), allowed.count(*kind)
+        if found > most:
+            faults.append(f"{found} {'/'.join(kind)}, {most} for its divisions and roots")
+    faults += [f"narrow address: {access}" for access in kernel.narrow_addresses()[:3]]
+    in_flight = kernel.bytes_in_flight() * resident(kernel, architecture)
+    if storage:
+        if storage != "fp64" and kernel.registers > MOST_REGISTERS:
+            faults.append(f"{kernel.registers} registers")
+        writes = kernel.count("STG") > 0 and kernel.wide("STG") > 0
+        if kernel.wide("LDG") == 0:
+            faults.append("no loads of 16 bytes")
+        if writes and storage == "fp32" and in_flight < LEAST_IN_FLIGHT:
+            faults.append(f"{in_flight >> 10} KiB of loads in flight")
+    return Verdict(label, storage, kernel.registers, in_flight, faults)
+
+
+# ----- all of them
+
+
+def _sources() -> Iterator[tuple[str, Path, list[str]]]:
+    """Name, file and flags of what is compiled."""
+    cuda = ROOT / "csrc" / "cuda"
+    for index, storage in enumerate(STORAGES):
+        yield f"apply-{storage}", cuda / "apply.cu", [f"-DPYUPDATE_STORAGE={index}"]
+    yield "reduce", cuda / "reduce.cu", []
+
+
+def examine(
+    name: str, source: Path, flags: Sequence[str], architecture: int, build: Path = BUILD
+) -> list[Verdict]:
+    """Compile a file for an architecture, and judge every kernel in it."""
+    ptx = build / f"{name}-{architecture}.ptx"
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{build}"]
+    options = ["-std=c++20", "-O3", "-fmad=false", f"-arch=sm_{architecture}", *flags]
+    _run(["nvcc", "-ptx", *options, *includes, source, "-o", ptx])
+    text = ptx.read_text()
+    entries = _entries(text)
+    compiled = _assemble(ptx, architecture)
+    wanted = sorted({sites_of(entry) for entry in entries.values()})
+    bare = build / f"{name}-{architecture}-calibration.ptx"
+    bare.write_text(calibration(text, wanted))
+    costs = {kernel.name: kernel for kernel in _assemble(bare, architecture)}
+    allowed = {sites: costs[f"calibration_{k}"] for k, sites in enumerate(wanted)}
+    return [
+        judge(kernel, entries[kernel.name], allowed[sites_of(entries[kernel.name])], architecture)
+        for kernel in compiled
+    ]
+
+
+def table(architecture: int, verdicts: Sequence[Verdict]) -> str:
+    """Registers / KiB in flight a multiprocessor, a row a stage of a rule."""
+    cells = {(each.label, each.storage): each for each in verdicts}
+    labels = sorted({each.label for each in verdicts if each.storage})
+    lines = [
+        f"### sm_{architecture}",
+        "",
+        f"| rule, stage | {' | '.join(STORAGES)} |",
+        f"|---|{'---|' * len(STORAGES)}",
+    ]
+    for label in labels:
+        row = [cells.get((label, storage)) for storage in STORAGES]
+        texts = [f"{each.registers} / {each.in_flight >> 10}" if each else "" for each in row]
+        lines.append(f"| {label} | {' | '.join(texts)} |")
+    rest = [each for each in verdicts if not each.storage]
+    lines += ["", "; ".join(f"`{each.label}`: {each.registers} registers" for each in rest), ""]
+    return "\n".join(lines)
+
+
+def _marks(architecture: int) -> tuple[str, str]:
+    return f"<!-- sm_{architecture} -->\n", f"<!-- end of sm_{architecture} -->"
+
+
+def main() -> int:
+    """Examine, compare or write the tables, and say what failed."""
+    parser = argparse.ArgumentParser(description="Hold every kernel's machine code to account.")
+    parser.add_argument("--archs", type=int, nargs="*", default=list(ARCHITECTURES))
+    parser.add_argument("--write", action="store_true", help="write the tables of docs/gpu.md")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
+    options = parser.parse_args()
+    missing = [
+        tool for tool in ("nvcc", "ptxas", "cuobjdump", "nvdisasm") if not shutil.which(tool)
+    ]
+    if missing:
+        print(f"gpu-static: SKIPPED: no {', '.join(missing)} on PATH")
+        return 0
+    BUILD.mkdir(parents=True, exist_ok=True)
+    emit = [sys.executable, "-m", "pyupdate.kernels.emit_cpp", "--output"]
+    _run([*emit, BUILD / "rules_generated.h"])
+    failed = False
+    page = PAGE.read_text()
+    for architecture in options.archs:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            jobs = [pool.submit(examine, *what, architecture) for what in _sources()]
+            verdicts = [verdict for job in jobs for verdict in job.result()]
+        begin, end = _marks(architecture)
+        found = table(architecture, verdicts)
+        before, rest = page.split(begin)
+        told, after = rest.split(end)
+        if options.write:
+            page = before + begin + found + end + after
+        elif told != found:
+            print(f"sm_{architecture}: docs/gpu.md says something else; make gpu-static WRITE=1")
+            failed = True
+        for each in verdicts:
+            for fault in each.faults:
+                print(f"sm_{architecture} {each.label} {each.storage}: {fault}")
+                failed = True
+        print(f"sm_{architecture}: {len(verdicts)} kernels")
+    if options.write:
+        PAGE.write_text(page)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
