@@ -7,6 +7,7 @@
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
 #   make bench    the benchmarks
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
+#   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
 #   make venv     only the virtual environment, to install another build of torch in it first
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,10 +20,10 @@ installed := $(VENV)/.stamp-installed
 tensorflow := $(VENV)/.stamp-tensorflow
 pip := $(bin)/python -m pip --disable-pip-version-check
 compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
-	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device clean
+.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu-emulate clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -113,6 +114,10 @@ check-device: $(installed)
 	@if $(bin)/python -c 'import triton' 2>/dev/null || $(pip) install -q '$(TRITON)'; \
 	then set -ex; $(bin)/python tests/device/triton_compile.py; \
 	else echo "check-device: SKIPPED the Triton compile: triton is not installed, and pip could not install $(TRITON)"; fi
+
+# Every rule, storage and option of the CUDA kernels, which run here as host C++; `make test` has a part of it.
+gpu-emulate: $(installed)
+	$(bin)/python -m pytest tests/test_cuda_on_cpu.py -q
 
 clean:
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -272,7 +272,7 @@ void Plan::fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<
     for (int i = 0; i < passes.rules[groups_[group].rule].counted; ++i) {
       const int64_t at = tables_.scalars[k * static_cast<size_t>(scalars_) + i];
       // State that is not there yet: the hypers are made again when it is.
-      counted[i] = at == 0 ? 0.0 : cpu::load_scalar(at);
+      counted[i] = at == 0 ? 0.0 : load_scalar(at);
       std::memcpy(&key.counted[i], &counted[i], sizeof(double));
     }
     if (key != last) {

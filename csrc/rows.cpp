@@ -116,7 +116,7 @@ bool Plan::read_scalar(PyObject* scalar, int64_t* tagged) const {
 bool Plan::read_step(size_t r, PyObject* step, int64_t* tagged) {
   if (!read_scalar(step, tagged)) return false;
   const bool is_double = (*tagged & 1) != 0;
-  const double value = cpu::load_scalar(*tagged);
+  const double value = load_scalar(*tagged);
   int64_t& counter = records_[r].counter;
   const double counted =
       is_double ? static_cast<double>(counter) : static_cast<double>(static_cast<float>(counter));

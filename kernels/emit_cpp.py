@@ -208,7 +208,7 @@ def _rule(rule: Rule) -> str:
   static constexpr int kNumbers = {1 + len(rule.numbers)};  // step, {", ".join(rule.numbers)}
   static constexpr int kHypers = {len(rule.hypers)};  // {", ".join(rule.hypers)}
   static constexpr int kPerTensor = {len(rule.per_tensor)};  // {", ".join(rule.per_tensor)}
-  static void prepare(const double* number, double* hyper) {{
+  PYUPDATE_HD static void prepare(const double* number, double* hyper) {{
 {_call(rule.prepare, "double", numbers, places, "    ")}
   }}
 {stages}
@@ -271,8 +271,10 @@ _CLIP = """\
 def _turn(rule: Rule, stage: Stage) -> str:
     """The function that runs once a tensor when a stage is over, in fp64."""
     head = """\
-    static void turn([[maybe_unused]] const double* hyper, [[maybe_unused]] double numel,
-                     [[maybe_unused]] double* per_tensor, [[maybe_unused]] double* scalar) {"""
+    PYUPDATE_HD static void turn([[maybe_unused]] const double* hyper,
+                                 [[maybe_unused]] double numel,
+                                 [[maybe_unused]] double* per_tensor,
+                                 [[maybe_unused]] double* scalar) {"""
     if stage.turn is None:
         return f"{head}}}"
     places = {"numel": "numel"}

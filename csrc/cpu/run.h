@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../plan.h"
+#include "../tagged.h"
 #include "passes.h"
 
 namespace pyupdate::cpu {
@@ -100,10 +101,6 @@ struct Member {
   size_t rows_end;  // index behind its last row in the tables
   Outcome outcome;
 };
-
-// A number in a tensor of one element: its address, with 1 added where it is fp64 and not fp32.
-double load_scalar(int64_t tagged);
-void store_scalar(int64_t tagged, double value);
 
 Outcome run(const Passes& passes, Tables& tables, const Request& request);
 

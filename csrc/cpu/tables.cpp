@@ -100,17 +100,4 @@ int64_t Tables::bytes() const {
          of(identities) + of(items_) + of(waves_) + of(chunk_sums_) + of(row_sums_);
 }
 
-double load_scalar(int64_t tagged) {
-  return tagged & 1 ? *reinterpret_cast<const double*>(tagged - 1)
-                    : static_cast<double>(*reinterpret_cast<const float*>(tagged));
-}
-
-void store_scalar(int64_t tagged, double value) {
-  if (tagged & 1) {
-    *reinterpret_cast<double*>(tagged - 1) = value;
-  } else {
-    *reinterpret_cast<float*>(tagged) = static_cast<float>(value);
-  }
-}
-
 }  // namespace pyupdate::cpu

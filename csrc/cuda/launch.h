@@ -26,6 +26,7 @@
 #include <limits>
 
 #include "../plan.h"
+#include "../types.h"
 
 namespace pyupdate::cuda {
 
@@ -80,7 +81,7 @@ struct Tables {
 // is not (a gradient with other strides than its parameter) the caller gathers first, or leaves to
 // the reference back end.
 
-inline int64_t chunks_of(int64_t size) { return size <= 0 ? 1 : (size + kChunk - 1) / kChunk; }
+PYUPDATE_HD int64_t chunks_of(int64_t size) { return size <= 0 ? 1 : (size + kChunk - 1) / kChunk; }
 
 struct Request {
   // Not 0: what the flags of cpu/run.h's Request say.

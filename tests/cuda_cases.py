@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of the CUDA passes on a CPU: what is compiled, what goes in, and what must come out.
+
+tests/device/cuda_steps.cpp is the other end of `run`; `expected` is the numpy oracle's step and the
+reduction order of kernels/reduction.py, row by row, with what stands between the passes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compiling import ROOT, compiler, run
+
+from pyupdate.kernels import emit_cpp, oracle, reduction, rules
+from pyupdate.kernels.language import Rule
+
+Array = np.ndarray[Any, Any]
+
+# Along csrc/types.h's Storages: name, parameter's and gradient's type, state's, compute's; uint16
+# is bf16.
+STORAGES: tuple[tuple[str, type, type, type], ...] = (
+    ("fp64", np.float64, np.float64, np.float64),
+    ("fp32", np.float32, np.float32, np.float32),
+    ("bf16", np.uint16, np.uint16, np.float32),
+    ("fp16", np.float16, np.float16, np.float32),
+    ("bf16, state fp32", np.uint16, np.float32, np.float32),
+    ("fp16, state fp32", np.float16, np.float32, np.float32),
+)
+FP32 = 1
+
+# -O1: a third of the time of -O2 to compile, and the arrays of these tests are small.
+FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
+
+# ----- compiled -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Program:
+    """A build of the kernels with tests/device/cuda_steps.cpp around them."""
+
+    path: Path
+    rules: tuple[str, ...]
+
+
+def build(
+    folder: Path,
+    entries: Mapping[str, Rule],
+    flags: Sequence[str] = (),
+    edits: Mapping[str, tuple[str, str]] | None = None,
+) -> Program:
+    """Compile the kernels as host C++; `edits` are (file of csrc/cuda, old text -> new text).
+
+    Only a copy is edited, and an old text must be there exactly once.
+    """
+    sources = ROOT / "csrc"
+    if edits:
+        sources = folder / "csrc"
+        for path in (ROOT / "csrc").rglob("*"):
+            if path.suffix in (".h", ".cuh", ".cu"):
+                copy = sources / path.relative_to(ROOT / "csrc")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                text = path.read_text()
+                old, new = edits.get(path.name, ("", ""))
+                assert not old or text.count(old) == 1, f"{path.name}: {old}"
+                copy.write_text(text.replace(old, new) if old else text)
+    (folder / "rules_generated.h").write_text(emit_cpp.emit(entries))
+    include = [f"-I{folder}", f"-I{sources}", f"-I{ROOT / 'tests/device'}"]
+    command = [compiler(), *FLAGS, *flags, "-DPYUPDATE_ISA=device", *include, "-x", "c++", "-c"]
+    jobs = [
+        (sources / "cuda/apply.cu", f"apply{k}.o", (f"-DPYUPDATE_STORAGE={k}",))
+        for k in range(len(STORAGES))
+    ]
+    jobs += [(sources / f"cuda/{name}.cu", f"{name}.o", ()) for name in ("reduce", "launch")]
+    jobs.append((ROOT / "tests/device/cuda_steps.cpp", "steps.o", ()))
+
+    def compile_one(job: tuple[Path, str, tuple[str, ...]]) -> Path:
+        source, name, more = job
+        run(*command, *more, source, "-o", folder / name)
+        return folder / name
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    program = folder / "cuda_steps"
+    run(compiler(), *flags, *objects, "-pthread", "-o", program)
+    return Program(program, tuple(entries))
+
+
+# ----- what goes in -------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Rows of one hyper row."""
+
+    rule: Rule
+    numbers: Sequence[float]
+    storage: int = FP32
+    sign: float = 1.0
+    count: int = 0
+    in_tensor: int = -1
+    """Which of the numbers stands in a tensor, as an lr may."""
+
+
+@dataclass
+class Parameter:
+    """A row: its memory before the steps, and a gradient a step."""
+
+    group: int
+    param: Array
+    state: dict[str, Array]
+    grads: list[Array]
+    shift: int = 0
+    """Elements between an address of 16 bytes and its first one."""
+    step_bytes: int = 4
+    identity: int = 0
+    average: Array | None = None
+
+
+@dataclass
+class Asked:
+    """launch.h's Request; scale and found_inf of 0 are null pointers."""
+
+    reduce: bool = False
+    skip_nonfinite: bool = False
+    finite_norm: bool = False
+    inf_norm: bool = False
+    seed: int | None = None
+    unscale: float = 1.0
+    scale: float = 0.0
+    found_inf: float = 0.0
+    max_norm: float = -1.0
+    clip_value: float = math.inf
+    ema_weight: float = 0.0
+    apart: bool = False
+
+
+@dataclass
+class Result:
+    """What the memory holds after the steps: by row and name, and what each step did."""
+
+    arrays: list[dict[str, Array]]
+    outcomes: list[tuple[float, float, bool, bool]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+
+# ----- what comes out -----------------------------------------------------------------------------
+
+
+def run_steps(
+    program: Program,
+    groups: Sequence[Group],
+    rows: Sequence[Parameter],
+    asked: Asked,
+    *,
+    order: int = 0,
+    blocks: int = 3,
+    check: bool = True,
+) -> Result | subprocess.CompletedProcess[bytes]:
+    """The steps by the kernels; without `check`, whatever became of the process."""
+    averages = rows[0].average is not None
+    steps = len(rows[0].grads)
+    said = [order, blocks, steps, averages, len(groups), len(rows), asked.apart]
+    said += [asked.reduce, asked.skip_nonfinite, asked.finite_norm, asked.inf_norm]
+    said += [asked.seed is not None, asked.seed or 0]
+    given = [_ints(said)]
+    numbers = (asked.unscale, asked.scale, asked.found_inf, asked.max_norm, asked.clip_value)
+    given.append(_floats([*numbers, asked.ema_weight]))
+    for group in groups:
+        given.append(_ints([program.rules.index(group.rule.name), group.storage, group.count]))
+        given += [_floats([group.sign]), _ints([group.in_tensor]), _floats(group.numbers)]
+    for row in rows:
+        given.append(_ints([row.group, row.param.size, row.shift, row.step_bytes, row.identity]))
+        given += [_floats([groups[row.group].count]), row.param.tobytes()]
+        rule = groups[row.group].rule
+        given += [row.state[name].tobytes() for name in rule.state]
+        if row.average is not None:
+            given.append(row.average.tobytes())
+        given += [np.float32(row.state[name]).tobytes() for name in rule.scalars]
+    for step in range(steps):
+        given += [row.grads[step].tobytes() for row in rows]
+    done = subprocess.run([program.path], input=b"".join(given), capture_output=True, check=False)
+    if not check:
+        return done
+    assert done.returncode == 0, done.stderr.decode()
+    return _read(done.stdout, groups, rows, steps)
+
+
+def _read(out: bytes, groups: Sequence[Group], rows: Sequence[Parameter], steps: int) -> Result:
+    at = 0
+
+    def take(like: Array) -> Array:
+        nonlocal at
+        taken = np.frombuffer(out, like.dtype, like.size, at).reshape(like.shape)
+        at += taken.nbytes
+        return taken
+
+    result = Result([])
+    for _ in range(steps):
+        norm, multiplier, found, skipped = take(np.zeros(4))
+        result.outcomes.append((norm, multiplier, bool(found), bool(skipped)))
+    for row in rows:
+        rule = groups[row.group].rule
+        arrays = {"param": take(row.param)} | {n: take(row.state[n]) for n in rule.state}
+        if row.average is not None:
+            arrays["average"] = take(row.average)
+        if row.step_bytes:
+            kind = np.float64 if row.step_bytes == 8 else np.float32
+            arrays["step"] = take(np.zeros((), kind))
+        arrays |= {name: take(np.zeros((), np.float32)) for name in rule.scalars}
+        result.arrays.append(arrays)
+    result.counts = [int(c) for c in take(np.zeros(len(groups), np.int64))]
+    assert at == len(out)
+    return result
+
+
+def expected(groups: Sequence[Group], rows: Sequence[Parameter], asked: Asked) -> Result:
+    """The same by the oracle."""
+    arrays = [{"param": row.param, **row.state} for row in rows]
+    averages = [row.average for row in rows]
+    counts = [group.count for group in groups]
+    result = Result([])
+    unscale = asked.unscale
+    if asked.scale:
+        unscale *= float(np.float32(1.0 / asked.scale))
+    for step in range(len(rows[0].grads)):
+        grads = [row.grads[step] for row in rows]
+        nonfinite = asked.reduce and not all(np.isfinite(oracle.load(g)).all() for g in grads)
+        norm, multiplier = -1.0, unscale
+        if asked.reduce:
+            norm = _norm(grads, unscale, inf_norm=asked.inf_norm)
+            multiplier = rules.multiplier(norm, unscale, asked.max_norm)
+        found = nonfinite or asked.found_inf != 0.0
+        skipped = (
+            asked.found_inf != 0.0
+            or (asked.skip_nonfinite and nonfinite)
+            or (asked.finite_norm and not math.isfinite(norm))
+        )
+        result.outcomes.append((norm, multiplier, found, skipped))
+        if skipped:
+            continue
+        counts = [count + 1 for count in counts]
+        for r, row in enumerate(rows):
+            group = groups[row.group]
+            param, state = oracle.step(
+                group.rule,
+                arrays[r]["param"],
+                grads[r],
+                {name: arrays[r][name] for name in (*group.rule.state, *group.rule.scalars)},
+                group.numbers,
+                count=counts[row.group],
+                multiplier=multiplier * group.sign,
+                clip_value=asked.clip_value,
+                chance=None if asked.seed is None else (asked.seed, row.identity),
+            )
+            arrays[r] = {"param": param, **state}
+            if row.average is not None:
+                averages[r] = oracle.average(averages[r], param, asked.ema_weight)
+    for row, ends, average in zip(rows, arrays, averages, strict=True):
+        if average is not None:
+            ends["average"] = average
+        if row.step_bytes:
+            kind = np.float64 if row.step_bytes == 8 else np.float32
+            ends["step"] = np.asarray(counts[row.group], kind)
+        result.arrays.append(ends)
+    result.counts = counts
+    return result
+
+
+def _norm(grads: Sequence[Array], unscale: float, *, inf_norm: bool) -> float:
+    if inf_norm:
+        return reduction.largest([oracle.largest_magnitude(grad, unscale) for grad in grads])
+    total = reduction.halving_tree([oracle.sum_of_squares(grad, unscale) for grad in grads])
+    return math.sqrt(total)
+
+
+def _ints(numbers: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *(int(number) for number in numbers))
+
+
+def _floats(numbers: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(numbers)}d", *numbers)
