@@ -99,8 +99,9 @@ check-aarch64: $(installed)
 	  -DCMAKE_CXX_FLAGS="-isystem $(abspath build/aarch64/headers)" -DPYUPDATE_WERROR=ON
 	$(bin)/cmake --build build/aarch64
 
-# What later work on GPUs stands on, as far as it can be held without one: element.h and reduce.h with AdamW become PTX,
-# by nvcc and by Triton, in which no operation breaks the numeric contract. A skip is printed with its reason.
+# What GPUs run, as far as it can be held without one: element.h and reduce.h with AdamW become PTX by nvcc, and the Triton
+# kernels PTX and AMD code, in which no operation breaks the numeric contract; then the Triton back end steps CPU tensors by
+# its PTX. A skip is printed with its reason.
 NVCC ?= nvcc
 TRITON ?= triton==3.9.0
 check-device: $(installed)
@@ -113,7 +114,8 @@ check-device: $(installed)
 	else echo "check-device: SKIPPED nvcc -ptx: no $(NVCC) on PATH"; fi
 	@if $(bin)/python -c 'import triton' 2>/dev/null || $(pip) install -q '$(TRITON)'; \
 	then set -ex; $(bin)/python tests/device/triton_compile.py; \
-	else echo "check-device: SKIPPED the Triton compile: triton is not installed, and pip could not install $(TRITON)"; fi
+	  $(bin)/python -m pytest -m 'not slow' tests/test_triton.py $(PYTEST); \
+	else echo "check-device: SKIPPED the Triton kernels: triton is not installed, and pip could not install $(TRITON)"; fi
 
 # Every rule, storage and option of the CUDA kernels, which run here as host C++; `make test` has a part of it.
 gpu-emulate: $(installed)

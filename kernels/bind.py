@@ -10,8 +10,11 @@ Triton a decorator. Hypers are 0-dim tensors or scalars of the compute type: wit
 
 from __future__ import annotations
 
+import ast
 import builtins
-from collections.abc import Callable, Mapping
+import hashlib
+import inspect
+from collections.abc import Callable
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -62,45 +65,96 @@ def _are_literals(a: object, b: object) -> bool:
 
 
 def _triton() -> dict[str, Any]:
-    import triton
     import triton.language as tl
+    from triton.language.core import builtin
 
-    @triton.jit
-    def divide(a, b):  # type: ignore[no-untyped-def]
-        if a.dtype == tl.float64 or b.dtype == tl.float64:
-            return a / b
-        else:
-            return tl.div_rn(a, b)
+    # Builtins, not jitted functions: they take literals, too.
 
-    @triton.jit
-    def sqrt(x):  # type: ignore[no-untyped-def]
-        if x.dtype == tl.float64:
-            return tl.sqrt(x)
-        else:
-            return tl.sqrt_rn(x)
+    @builtin  # type: ignore[untyped-decorator]
+    def divide(a: Any, b: Any, _semantic: Any = None) -> Any:
+        wide = any(_is_tensor(x) and x.type.scalar == tl.float64 for x in (a, b))
+        a, b = (_tensor(x, tl.float64 if wide else tl.float32, _semantic) for x in (a, b))
+        return _semantic.truediv(a, b) if wide else tl.div_rn(a, b, _semantic=_semantic)
 
-    @triton.jit
-    def where(condition, a, b):  # type: ignore[no-untyped-def]
-        return tl.where(condition, a, b)
+    @builtin  # type: ignore[untyped-decorator]
+    def sqrt(x: Any, _semantic: Any = None) -> Any:
+        x = _tensor(x, tl.float32, _semantic)
+        root = tl.sqrt if x.type.scalar == tl.float64 else tl.sqrt_rn
+        return root(x, _semantic=_semantic)
 
-    return {"divide": divide, "sqrt": sqrt, "where": where, "tl": tl}
+    @builtin  # type: ignore[untyped-decorator]
+    def where(condition: Any, a: Any, b: Any, _semantic: Any = None) -> Any:
+        return tl.where(condition, a, b, _semantic=_semantic)
+
+    @builtin  # type: ignore[untyped-decorator]
+    def wide(x: Any, _semantic: Any = None) -> Any:
+        return _tensor(x, tl.float64, _semantic)
+
+    def _is_tensor(x: Any) -> bool:
+        return isinstance(x, tl.tensor)
+
+    def _tensor(x: Any, dtype: Any, semantic: Any) -> Any:
+        return x if _is_tensor(x) else semantic.scalar_constant(x.value, dtype)
+
+    primitives = {"divide": divide, "sqrt": sqrt, "where": where, "wide": wide}
+    return primitives | {"tl": tl, "range": tl.static_range}
+
+
+def _triton_scalar() -> dict[str, Any]:
+    # Of blocks a loop must be unrolled: what is a number before it is a block behind it. Of
+    # numbers it may stay one, which compiles in a tenth of the time (log and exp: 1 s, not 10).
+    return _primitives("triton") | {"range": range}
+
+
+def _jitted(made: FunctionType, text: Text, is_wide: bool) -> Callable[..., Any]:
+    """A function that Triton compiles, from the same text.
+
+    A literal that has a name of its own is fp32 for Triton, whatever it meets later, so in fp64 the
+    literals of the text are said to be wide. Triton keeps what it compiled under a hash of the
+    text, in which its primitives are not: their digest is put there.
+    """
+    import triton
+
+    made.__module__ = text.__module__
+    jitted = triton.jit(made)
+    tree = ast.parse(jitted.src)
+    if is_wide:
+        tree = ast.fix_missing_locations(_Widening().visit(tree))
+    digest = hashlib.sha256(inspect.getsource(_triton).encode()).hexdigest()
+    jitted._unsafe_update_src(f"{ast.unparse(tree)}\n# primitives {digest}\n")
+    function: Callable[..., Any] = jitted
+    return function
+
+
+class _Widening(ast.NodeTransformer):
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if not isinstance(node.value, float):
+            return node
+        return ast.Call(ast.Name("wide", ast.Load()), [node], [])
 
 
 _LIBRARIES: dict[str, Callable[[], dict[str, Any]]] = {
     "numpy": _numpy,
     "torch": _torch,
     "triton": _triton,
+    "triton fp64": _triton,
+    "triton scalar": _triton_scalar,
 }
 
 
 @cache
-def _primitives(library: str) -> Mapping[str, Any]:
+def _primitives(library: str) -> dict[str, Any]:
     return _LIBRARIES[library]()
 
 
 @cache
 def bind(text: Text, library: str) -> Callable[..., Any]:
-    """One function of the language, and all that it calls, bound to "numpy", "torch" or "triton".
+    """One function of the language, and all that it calls, bound to a library.
+
+    Args:
+        text: the function.
+        library: "numpy", "torch", "triton"; of fp64, "triton fp64" for blocks and "triton scalar"
+            for numbers.
 
     Raises:
         RuleError: the text is not in the language.
@@ -116,10 +170,4 @@ def bind(text: Text, library: str) -> Callable[..., Any]:
     # import looks here for __import__: without it a process's first step raises a KeyError.
     bound["__builtins__"] = builtins
     made = FunctionType(text.__code__, bound, text.__name__)
-    if library != "triton":
-        return made
-    import triton
-
-    made.__module__ = text.__module__
-    jitted: Callable[..., Any] = triton.jit(made)
-    return jitted
+    return _jitted(made, text, library != "triton") if "triton" in library else made

@@ -7,8 +7,6 @@ tells the scaler what it found in the place where ``scaler.update()`` reads it.
 
 from __future__ import annotations
 
-import ctypes
-import math
 from typing import Any
 
 import torch
@@ -54,14 +52,13 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
     state = _state_of(scaler, optimizer)
     users = getattr(optimizer, "grad_scale", None)
     if state["stage"] is OptState.UNSCALED:
-        found = sum(float(flag) for flag in state["found_inf_per_device"].values())
-        unscale = 1.0 if users is None else _reciprocal(torch.as_tensor(users))
-        return Scaling(unscale=unscale, check=False, found=found != 0.0)
+        flags = tuple(state["found_inf_per_device"].values())
+        return Scaling(scale=None if users is None else torch.as_tensor(users), flags=flags)
     # Raises torch's error if nothing was scaled yet.
     scale, _ = scaler._check_scale_growth_tracker("step")
     if users is not None:
         scale = scale * users
-    return Scaling(unscale=_reciprocal(scale), check=True)
+    return Scaling(scale=scale, check=True)
 
 
 def unscale(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> bool:
@@ -78,7 +75,7 @@ def unscale(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> bool
     check_can_step(scaler, optimizer)
     if _state_of(scaler, optimizer)["stage"] is OptState.READY:
         scaler.unscale_(optimizer)
-    return scaling_of(scaler, optimizer).found
+    return scaling_of(scaler, optimizer).read().found
 
 
 def tell(scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: LastUpdate) -> None:
@@ -94,7 +91,10 @@ def tell(scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: La
     if state["stage"] is OptState.READY:
         scale = scaler._scale
         assert scale is not None
-        found = torch.full((), float(update.skipped), dtype=torch.float32, device=scale.device)
+        if update.flag is None:
+            found = torch.full((), float(update.skipped), dtype=torch.float32, device=scale.device)
+        else:
+            found = update.flag.to(scale.device, torch.float32)
         state["found_inf_per_device"] = {scale.device: found}
     state["stage"] = OptState.STEPPED
 
@@ -147,18 +147,10 @@ def count(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
 def _scaling_of_attributes(optimizer: torch.optim.Optimizer) -> Scaling:
     grad_scale = getattr(optimizer, "grad_scale", None)
     found_inf = getattr(optimizer, "found_inf", None)
-    found = found_inf is not None and float(found_inf) != 0.0
-    if grad_scale is None:
-        return Scaling(found=found)
-    return Scaling(unscale=_reciprocal(torch.as_tensor(grad_scale)), found=found)
-
-
-def _reciprocal(scale: torch.Tensor) -> float:
-    """1 / scale as torch takes it: in fp64, rounded to fp32."""
-    # In Python: three operations of torch take 40 us between two steps of a model.
-    value = float(scale)
-    exact = 1.0 / value if value != 0.0 else math.copysign(math.inf, value)
-    return ctypes.c_float(exact).value
+    return Scaling(
+        scale=None if grad_scale is None else torch.as_tensor(grad_scale),
+        flags=() if found_inf is None else (torch.as_tensor(found_inf),),
+    )
 
 
 def _state_of(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

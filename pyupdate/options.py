@@ -192,20 +192,24 @@ class LastUpdate:
             ``skip_nonfinite``).
         skipped: whether nothing was written because a gradient was inf or nan.
         multiplier: what every gradient was multiplied by (unscale x clip by the norm).
+        flag: where the step was made on a GPU, its one number there that is not zero if nothing was
+            written; else None.
     """
 
-    __slots__ = ("_multiplier", "_norm", "_skipped")
+    __slots__ = ("_multiplier", "_norm", "_skipped", "flag")
 
     def __init__(
         self,
         norm: float | Callable[[], float] | None,
         skipped: bool | Callable[[], bool],
         multiplier: float | Callable[[], float],
+        flag: torch.Tensor | None = None,
     ) -> None:
         """Take numbers, or functions that read them from the device."""
         self._norm = norm
         self._skipped = skipped
         self._multiplier = multiplier
+        self.flag = flag
 
     @property
     def norm(self) -> float | None:

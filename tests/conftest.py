@@ -18,7 +18,7 @@ import torch
 from compiling import Build, build_toys
 
 import pyupdate
-from pyupdate.backends import available
+from pyupdate.backends import BACKENDS, available
 
 REASONS = dict(available())
 """Why each back end cannot run here; None if it can."""
@@ -32,12 +32,13 @@ def _backends() -> list[Any]:
     return [
         pytest.param(name, marks=[skip(reason=f"{name}: {reason}")] if reason else [])
         for name, reason in REASONS.items()
+        if any(backend.name == name and backend.takes("cpu") for backend in BACKENDS)
     ]
 
 
 @pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every back end in turn, in force during the test; skipped with the reason."""
+    """Every back end of CPU tensors in turn, in force during the test; skipped with the reason."""
     with pyupdate.use_backend(request.param):
         yield request.param
 

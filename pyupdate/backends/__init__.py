@@ -30,7 +30,9 @@ class Backend:
 
     Attributes:
         name: the name that a user chooses it by.
-        module: where its ``PlanPart`` and its ``why_not() -> str | None`` live.
+        module: where it lives: ``why_not() -> str | None``; ``home(row, rule, chosen)``, what the
+            rows of one part have in common, None for a row that it leaves to ``reference``; and
+            ``part(rows, rules, home, averages)``, a `pytorch.plan.Part`.
         devices: the torch device types that it takes; () for all of them.
         summary: one line for ``python -m pyupdate``.
     """
@@ -49,9 +51,12 @@ class Backend:
         return not self.devices or device_type in self.devices
 
 
+REFERENCE = Backend("reference", ".reference", (), "pure Python on torch tensors, any device")
+
 BACKENDS = (
+    Backend("triton", ".triton", ("cuda", "xpu"), "Triton kernels on a GPU"),
     Backend("cpu", ".cpu", ("cpu",), "compiled C++ passes"),
-    Backend("reference", ".reference", (), "pure Python on torch tensors, any device"),
+    REFERENCE,
 )
 """In the order in which ``auto`` prefers them."""
 
@@ -73,7 +78,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Step on one back end inside a ``with`` block.
 
     Args:
-        name: "cpu", "reference" or "auto".
+        name: "triton", "cpu", "reference" or "auto".
 
     Raises:
         ValueError: no back end has this name.
@@ -108,7 +113,7 @@ def backend_for(device_type: str) -> Backend:
         if reason is None:
             return backend
         say_once(backend.name, reason)
-    return BACKENDS[-1]
+    return REFERENCE
 
 
 def _check(name: str, source: str) -> None:

@@ -15,8 +15,9 @@ from ..kernels.rules import RULES
 from ..native import passes_digest
 from ..options import LastUpdate
 from ..pytorch.checks import STORAGES
-from ..pytorch.request import Request
+from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
+from . import AUTO, say_once
 
 ISA_VARIABLE = "PYUPDATE_ISA"
 
@@ -102,8 +103,35 @@ def module_with(rule: Rule) -> Any | None:
     raise RuntimeError(message)
 
 
+def home(row: Row, rule: Rule, chosen: str) -> Any | None:
+    """The compiled module that steps a row; None where ``auto`` must leave it to ``reference``.
+
+    Raises:
+        RuntimeError: no module has the rule, and this back end was `chosen` by name; or one was
+            compiled from another text of it.
+    """
+    del row
+    module = module_with(rule)
+    if module is None and chosen == AUTO:
+        say_once("cpu", f"rule '{rule.name}' is not compiled (python -m pyupdate.compile)")
+    elif module is None:
+        message = (
+            f"back end 'cpu' was chosen, but rule '{rule.name}' is not compiled: "
+            "choose 'auto' or 'reference'"
+        )
+        raise RuntimeError(message)
+    return module
+
+
+def part(rows: Sequence[Row], rules: Sequence[GroupRule], home: Any, averages: bool) -> Part:
+    """The part of the rows that one module steps."""
+    return Part(rows, rules, home, averages)
+
+
 class Part:
     """The rows of a plan that one compiled module steps."""
+
+    reads_scaling = False
 
     def __init__(
         self, rows: Sequence[Row], rules: Sequence[GroupRule], module: Any, averages: bool
@@ -139,7 +167,7 @@ class Part:
         """Memory of the plan's tables."""
         return int(self._plan.nbytes())
 
-    def step(self, inputs: Inputs, request: Request) -> LastUpdate | None:
+    def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
         """The whole step in one parallel region; None, and nothing done, where state is missing."""
         found, noticed, norm, _, skipped, multiplier = self._plan.step(
             inputs.groups,
@@ -152,8 +180,11 @@ class Part:
             if found == self._found.FRESH:
                 return None
             self._settle(found, noticed, inputs)
-            return self.step(inputs, request)
+            return self.step(inputs, request, scaling)
         return LastUpdate(norm if request.reduce else None, skipped, multiplier)
+
+    def state_was_made(self) -> None:
+        """Nothing to note: the compiled plan sees what there is."""
 
     @staticmethod
     def step_together(steps: Sequence[tuple[Part, Inputs, Request]]) -> list[LastUpdate] | None:

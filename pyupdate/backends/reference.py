@@ -8,16 +8,18 @@ Slow, and right to the same bits as the compiled ones: it runs the very rule tex
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..kernels import rounding
 from ..kernels.bind import bind
-from ..kernels.language import named_results
+from ..kernels.language import Rule, named_results
 from ..kernels.reduction import largest_of_row, sum_of_row
 from ..kernels.rules import averaged, clipped, magnitude, nonfinite, squared
+from ..options import LastUpdate
 from ..pytorch.forks import one_thread_in_forked_child
-from ..pytorch.request import Request
+from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import (
     AVERAGE,
     GroupRule,
@@ -38,10 +40,23 @@ def why_not() -> str | None:
     return None
 
 
+def home(row: Row, rule: Rule, chosen: str) -> tuple[()]:
+    """What rows have in common here: it takes all."""
+    del row, rule, chosen
+    return ()
+
+
+def part(rows: Sequence[Row], rules: Sequence[GroupRule], home: Any, averages: bool) -> Part:
+    """The part of all rows that nobody else steps."""
+    del home, averages
+    return Part(rows, rules)
+
+
 class Part:
     """The rows of a plan that are stepped one tensor at a time."""
 
     nbytes = 0
+    reads_scaling = False
 
     def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule]) -> None:
         self.rows = rows
@@ -51,6 +66,11 @@ class Part:
         self._lacking: frozenset[int] = frozenset()
         self._made: frozenset[int] = frozenset()
         self._listed: list[int] | None = None
+
+    def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
+        """Nothing: its steps are made in parts."""
+        del inputs, request, scaling
+        return None
 
     @one_thread_in_forked_child()
     def check(self, inputs: Inputs) -> list[int]:

@@ -102,6 +102,17 @@ def check_average(param: torch.Tensor, value: object, key: str, name: str) -> No
     _check_alike(param, value, (wanted,), what, mend)
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill one piece of memory, each in a place of its own."""
+    reach = 1
+    dims = [(s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    for stride, size in sorted(dims):
+        if stride != reach:
+            return tensor.numel() == 0
+        reach *= size
+    return True
+
+
 def check_one_dtype(states: Mapping[str, torch.Tensor], name: str) -> None:
     """Refuse state of which a part was kept in float32 and a part was not.
 
@@ -136,7 +147,7 @@ def check_scalar(value: object, key: str, name: str) -> None:
 
 
 def check_step(value: object, name: str) -> None:
-    """Refuse a step counter that counts nothing.
+    """Refuse a step counter that counts nothing; one on a GPU is not read, which would wait for it.
 
     Raises:
         TypeError: it is no floating tensor.
@@ -144,6 +155,8 @@ def check_step(value: object, name: str) -> None:
     """
     check_scalar(value, "step", name)
     assert isinstance(value, torch.Tensor)
+    if value.device.type != "cpu":
+        return
     count = float(value)
     if not 0.0 <= count < 2.0**53 or count != int(count):
         message = f"state 'step' of '{name}' must be a whole number from 0 on, but is {count}"

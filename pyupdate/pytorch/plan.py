@@ -8,12 +8,11 @@ made anew when a part says that it is stale, or when a group's rule is another o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
-from ..backends import AUTO, backend_for, choice, say_once
+from ..backends import REFERENCE, Backend, backend_for, choice
 from ..backends import cpu as cpu_backend
-from ..backends import reference as reference_backend
 from ..kernels.reduction import halving_tree, largest
 from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
@@ -25,13 +24,21 @@ class Part(Protocol):
     """The rows that one back end steps."""
 
     rows: Sequence[Row]
+    reads_scaling: bool
+    """Whether `step` takes a scaling as it is, to have it read on the device."""
 
     @property
     def nbytes(self) -> int:
         """Memory of its tables."""
 
+    def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
+        """The whole step at once; None, and nothing done, where it must be made in parts."""
+
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
+
+    def state_was_made(self) -> None:
+        """Tell it that what the last check found absent is made now, in its first step."""
 
     def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
         """Whether an inf or nan was found, and what each row adds to the norm."""
@@ -50,40 +57,26 @@ class Plan:
         self.rules = rules
         self.averages = averages
         self.choice = choice()
-        parts: dict[Any, list[Row]] = {}
+        parts: dict[tuple[Backend, Hashable], list[Row]] = {}
         for row in rows:
             parts.setdefault(self._home(row), []).append(row)
-        self.parts: list[Part] = [
-            reference_backend.Part(members, rules)
-            if module is None
-            else cpu_backend.Part(members, rules, module, averages)
-            for module, members in parts.items()
-        ]
+        self.parts: list[Part] = []
+        self._names: list[str] = []
+        for (backend, home), members in parts.items():
+            self.parts.append(backend.load().part(members, rules, home, averages))
+            self._names.append(backend.name)
         self._order = {id(row.param): r for r, row in enumerate(rows)}
 
-    def _home(self, row: Row) -> Any:
-        """The compiled module that steps a row, None for the reference back end."""
-        if backend_for(row.param.device.type).name != "cpu":
-            return None
-        rule = self.rules[row.group].rule
-        module = cpu_backend.module_with(rule)
-        if module is None and self.choice == AUTO:
-            say_once("cpu", f"rule '{rule.name}' is not compiled (python -m pyupdate.compile)")
-        elif module is None:
-            message = (
-                f"back end 'cpu' was chosen, but rule '{rule.name}' is not compiled: "
-                "choose 'auto' or 'reference'"
-            )
-            raise RuntimeError(message)
-        return module
+    def _home(self, row: Row) -> tuple[Backend, Hashable]:
+        """The back end that steps a row, and what its rows have in common there."""
+        backend = backend_for(row.param.device.type)
+        home = backend.load().home(row, self.rules[row.group].rule, self.choice)
+        return (REFERENCE, ()) if home is None else (backend, home)
 
     @property
     def backends(self) -> tuple[str, ...]:
         """The names of the back ends that step it."""
-        names = {
-            "cpu" if isinstance(part, cpu_backend.Part) else "reference" for part in self.parts
-        }
-        return tuple(sorted(names))
+        return tuple(sorted(set(self._names)))
 
     def step(self, inputs: Inputs, options: Options, scaling: Scaling) -> LastUpdate:
         """Check everything, then reduce, then write.
@@ -93,13 +86,21 @@ class Plan:
             RuntimeError: `Options.error_if_nonfinite`; nothing was written.
             Stale: the plan no longer fits.
         """
+        whole = self.parts[0] if len(self.parts) == 1 else None
+        if whole is not None and whole.reads_scaling:
+            done = whole.step(inputs, request_of(options, scaling), scaling)
+            if done is not None:
+                if options.error_if_nonfinite:  # who asks for an error waits for the device
+                    request_of(options, scaling).check_norm(done.norm, options)
+                return done
+        scaling = scaling.read()
         if scaling.found:
             for part in self.parts:
                 part.check(inputs)
             return LastUpdate(None, skipped=True, multiplier=scaling.unscale)
         request = request_of(options, scaling)
-        if len(self.parts) == 1 and isinstance(self.parts[0], cpu_backend.Part):
-            done = self.parts[0].step(inputs, request)
+        if whole is not None and not whole.reads_scaling:
+            done = whole.step(inputs, request, scaling)
             if done is not None:
                 request.check_norm(done.norm, options)
                 return done
@@ -109,10 +110,13 @@ class Plan:
         self, options: Options, scaling: Scaling
     ) -> tuple[cpu_backend.Part, Request] | None:
         """What a region of several plans needs of this one; None if it must be stepped alone."""
-        if len(self.parts) != 1 or scaling.found:
+        if len(self.parts) != 1:
             return None
         (part,) = self.parts
         if not isinstance(part, cpu_backend.Part):
+            return None
+        scaling = scaling.read()
+        if scaling.found:
             return None
         return part, request_of(options, scaling)
 
@@ -152,8 +156,7 @@ class Plan:
         lacking: list[Row] = []
         made: list[tuple[Any, str]] = []
         for part, rows in zip(self.parts, fresh, strict=True):
-            if isinstance(part, reference_backend.Part):
-                part.state_was_made()
+            part.state_was_made()
             lacking += [part.rows[r] for r in rows]
         try:
             make_state(lacking, self.rules, inputs, made)

@@ -168,7 +168,7 @@ def _planned_step(
     engine = engine_of(optimizer)
     scaling = amp.scaling_of(grad_scaler, optimizer)
     if engine.micro_batches > 1:
-        scaling = replace(scaling, unscale=scaling.unscale / engine.micro_batches)
+        scaling = replace(scaling, divisor=float(engine.micro_batches))
     with _locked(engine):
         rules, inputs = _read(optimizer, engine)
         try:

@@ -1,68 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile AdamW's rule text in a Triton kernel for three GPUs, with none at hand; read the PTX.
+"""Compile the Triton kernels for NVIDIA's and AMD's GPUs, with none at hand; read what comes out.
 
-Run by ``make check-device``. Fails if a fused multiply-add or an approximate operation is in it.
+Run by ``make check-device``. Fails if a fused multiply-add or an approximate operation is in it,
+or if an elementwise kernel moves values between threads.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyupdate.kernels.bind import bind
-from pyupdate.kernels.rules import adamw
+from pyupdate.kernels import triton_passes, triton_reduce, triton_tail
+from pyupdate.kernels.rules import RULES
+from pyupdate.kernels.triton_forms import RuleForm, form_of
 
-RULE = bind(adamw.stages[0].function.text, "triton")
-FORBIDDEN = re.compile(r"\b(fma|mad)\.(rn\.)?f|\.approx|\.ftz|div\.full")
+TARGETS = {
+    **{f"sm_{c}": GPUTarget("cuda", c, 32) for c in (80, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+STORAGES = {
+    "fp32": (tl.float32, tl.float32),
+    "bf16": (tl.bfloat16, tl.bfloat16),
+    "bf16 with fp32 state": (tl.bfloat16, tl.float32),
+    "fp64": (tl.float64, tl.float64),
+}
+FORBIDDEN = {
+    "ptx": re.compile(r"\b(fma|mad)\.(rn\.)?f|\.approx|\.ftz|div\.full"),
+    # AMD's division is made of fused operations, so what LLVM was asked for is looked at.
+    "llir": re.compile(r"llvm\.fma\.f(32|64)|llvm\.fmuladd|\b(f\w+) (fast|contract|arcp|afn)\b"),
+}
+MOVED = {
+    "ptx": re.compile(r"bar\.sync|ldmatrix|st\.shared"),
+    "amdgcn": re.compile(r"\bds_(write|store)_"),
+}
+TYPES = {
+    **dict.fromkeys(("rows", "work", "chunk_of", "first_chunks", "class_table"), "*i64"),
+    **dict.fromkeys(("scale", "found", "flags"), "*fp32"),
+    **dict.fromkeys(("classes", "request", "result", "sums", "row_sums", "per_tensor"), "*fp64"),
+    **dict.fromkeys(("total_chunks", "total_rows"), "i32"),
+    "numbers": "*fp64",
+}
 
 
-@triton.jit
-def kernel(param, grad, exp_avg, exp_avg_sq, hyper, size, rule: tl.constexpr, block: tl.constexpr):
-    """One block a program; hypers are read through memory."""
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
-    p, m, v = rule(
-        tl.load(param + at, inside),
-        tl.load(grad + at, inside),
-        tl.load(exp_avg + at, inside),
-        tl.load(exp_avg_sq + at, inside),
-        tl.load(hyper),
-        tl.load(hyper + 1),
-        tl.load(hyper + 2),
-        tl.load(hyper + 3),
-        tl.load(hyper + 4),
-        tl.load(hyper + 5),
-        tl.load(hyper + 6),
+def compiled(kernel: Any, target: GPUTarget, warps: int, **constants: Any) -> Any:
+    """A kernel compiled as the back end does, all pointers aligned."""
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: TYPES.get(name, "constexpr") for name in names}
+    assert [n for n in names if signature[n] == "constexpr"] == list(constants)
+    attributes = {
+        (k,): [["tt.divisibility", 16]] for k, n in enumerate(names) if signature[n][0] == "*"
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def kernels(form: RuleForm, target: GPUTarget) -> Iterator[tuple[str, Any]]:
+    """Every kernel of a rule's step."""
+    yield (
+        "finish",
+        compiled(
+            triton_tail.finish,
+            target,
+            8,
+            prepare=form.prepare,
+            number_count=form.numbers,
+            number_width=1 + form.numbers,
+            counted=form.counted,
+            results=form.results,
+            class_width=form.class_width,
+            is_first=True,
+            reduces=True,
+            is_inf_norm=False,
+            is_scaled=True,
+            is_found=False,
+        ),
     )
-    tl.store(param + at, p, inside)
-    tl.store(exp_avg + at, m, inside)
-    tl.store(exp_avg_sq + at, v, inside)
+    for name, (param, state) in STORAGES.items():
+        yield (
+            f"reduce {name}",
+            compiled(
+                triton_reduce.reduce_pass,
+                target,
+                8,
+                grad=param,
+                aligned=True,
+                is_inf_norm=False,
+                is_scaled=True,
+            ),
+        )
+        for s, stage in enumerate(form.stages):
+            sizes = [(param if r < 2 else state).primitive_bitwidth // 8 for r in stage.roles]
+            block, warps = triton_passes.block_of(tuple(sizes), bool(stage.sums))
+            yield (
+                f"{'stage with sums' if stage.sums else 'apply'} {name}",
+                compiled(
+                    triton_passes.apply_pass,
+                    target,
+                    warps,
+                    text=stage.wide_text if param == tl.float64 else stage.text,
+                    takes=stage.takes,
+                    gives=stage.gives,
+                    first_sum=stage.sums[0] if stage.sums else 0,
+                    counted=form.counted,
+                    class_width=form.class_width,
+                    per_tensor_width=form.per_tensor,
+                    stage=s,
+                    block=block,
+                    param=param,
+                    state=state,
+                    aligned=True,
+                    clips=True,
+                    is_by_chance=False,
+                    averages=False,
+                ),
+            )
 
 
 def main() -> int:
-    """Compile for each architecture; the number of those that broke the contract."""
+    """Compile for each target; the number of kernels that broke the contract."""
     failures = 0
-    for dtype in ("fp32", "fp64"):
-        signature = {
-            **dict.fromkeys(("param", "grad", "exp_avg", "exp_avg_sq", "hyper"), f"*{dtype}"),
-            "size": "i64",
-            "rule": "constexpr",
-            "block": "constexpr",
-        }
-        source = ASTSource(kernel, signature, constexprs={(6,): RULE, (7,): 1024})
-        for capability in (80, 90, 100):
-            target = GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
-            found = sorted({match.group(0) for match in FORBIDDEN.finditer(compiled.asm["ptx"])})
-            failures += bool(found)
-            size = len(compiled.asm["cubin"])
-            verdict = f"holds {found}" if found else "keeps the contract"
-            sys.stdout.write(f"triton adamw {dtype} sm_{capability}: {size} bytes, {verdict}\n")
+    for rule in ("adamw", "lamb"):
+        for name, target in TARGETS.items():
+            count = 0
+            for what, kernel in kernels(form_of(RULES[rule]), target):
+                text = kernel.asm.get("ptx", kernel.asm["llir"])
+                pattern = FORBIDDEN["ptx" if "ptx" in kernel.asm else "llir"]
+                found = {match.group(0) for match in pattern.finditer(text)}
+                if what.startswith("apply"):
+                    machine = "ptx" if "ptx" in kernel.asm else "amdgcn"
+                    moves = MOVED[machine].finditer(kernel.asm[machine])
+                    found |= {match.group(0) for match in moves}
+                count += 1
+                if found:
+                    failures += 1
+                    sys.stdout.write(f"triton {rule} {name} {what}: holds {sorted(found)}\n")
+            sys.stdout.write(f"triton {rule} {name}: {count} kernels\n")
     return failures
 
 

@@ -38,7 +38,11 @@ def _arithmetic(kernel: Kernel, i: Instruction) -> str:
     kinds = FLOATS if i.opcode in ("mad", "fma") else (*FLOATS, *HALVES, *PAIRS)
     kind = i.type(*INTEGERS, *kinds, *(["f32x2"] if i.opcode == "fma" else []))
     fused = i.opcode in ("mad", "fma")
+    narrow = i.take(*HALVES) if kind == "f32" and i.opcode in ("add", "sub") else None
     target, *sources = i.take_operands(4 if fused else 3)
+    if narrow:  # from sm_100 on: a half and an f32
+        a, b = kernel.value(sources[0], narrow), kernel.value(sources[1], "f32")
+        return kernel.put(target, kernel.bits(f"{a} {_OPERATORS[i.opcode]} {b}", "f32"))
     if kind not in INTEGERS:
         if wide or (fused and not rounded):
             raise Unsupported("rounding")
@@ -234,7 +238,9 @@ def _compare(comparison: str, kind: str, a: str, b: str) -> str:
 def _setp(kernel: Kernel, i: Instruction) -> str:
     comparison = i.need(*_ORDERED, *_UNSIGNED, *_OPPOSITE, "ne", "equ", "neu", "num", "nan")
     joined = i.take("and", "or", "xor")
-    kind = i.type(*INTEGERS, *BITS, *FLOATS, *HALVES)
+    kind = i.type(*INTEGERS, *BITS, *FLOATS, *HALVES, "f16x2", "bf16x2")
+    if kind in PAIRS:
+        return _setp_of_two(kernel, i, comparison, PAIRS[kind], joined)
     targets, a, b, *other = i.take_operands(4 if joined else 3)
     condition = _compare(comparison, kind, kernel.value(a, kind), kernel.value(b, kind))
     code = f"const bool holds = {condition};"
@@ -242,6 +248,21 @@ def _setp(kernel: Kernel, i: Instruction) -> str:
         if joined:
             value = f"{value} {_OPERATORS[joined]} {kernel.value(other[0], 'pred')}"
         code += " " + kernel.put(target.strip(), value)
+    return code
+
+
+def _setp_of_two(
+    kernel: Kernel, i: Instruction, comparison: str, half: str, joined: str | None
+) -> str:
+    """Two halves each: `p|q` are for the lower ones and the upper ones."""
+    if joined:
+        raise Unsupported(f".{joined} of two halves")
+    targets, *sources = i.take_operands(3)
+    code = ""
+    for shift, target in zip((0, 16), targets.split("|"), strict=True):
+        raws = [f"static_cast<u16>(u32({kernel.raw(x)}) >> {shift})" for x in sources]
+        a, b = (f"widen_{half}({raw})" for raw in raws)
+        code += " " + kernel.put(target.strip(), _compare(comparison, half, a, b))
     return code
 
 

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton back end: a step on a GPU without a compiler of ours, and without waiting for it.
+
+A step reads every address anew and compares; where none moved, nothing is sent and the step is
+launches alone (`triton_tables.py`): reduce where a norm or a finite check is asked for, finish,
+apply. The multiplier, the skip and what follows from the step count are made on the device, so
+`LastUpdate` reads them when it is asked. Triton itself is imported when a plan is made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from ..kernels.language import Rule
+from ..options import LastUpdate
+from ..pytorch.checks import is_dense
+from ..pytorch.request import Request, Scaling
+from ..pytorch.rows import (
+    AVERAGE,
+    GroupRule,
+    Inputs,
+    Row,
+    Stale,
+    check_all_memory,
+    check_row,
+    has_state,
+    lacks_average,
+    mend_row,
+)
+
+if TYPE_CHECKING:
+    from .triton_tables import Entry, Tables
+
+MAX_STATES, MAX_SCALARS = 4, 2
+DEVICES = ("cuda", "xpu")
+
+
+def why_not() -> str | None:
+    """The reason why this back end cannot run, None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not any(_is_there(kind) for kind in DEVICES):
+        return "torch sees no GPU that Triton compiles for (CUDA, ROCm or XPU)"
+    return None
+
+
+def _is_there(kind: str) -> bool:
+    module: Any = getattr(torch, kind, None)
+    return module is not None and bool(module.is_available())
+
+
+def why_not_row(row: Row, rule: Rule) -> str | None:
+    """The reason why a parameter must be stepped by another back end, None if it need not."""
+    if len(rule.state) > MAX_STATES or len(rule.scalars) > MAX_SCALARS:
+        return f"rule '{rule.name}' keeps more than the kernels take"
+    if not is_dense(row.param) or row.param.data_ptr() % row.param.element_size():
+        return f"parameter '{row.name}' does not lie in plain memory"
+    return None
+
+
+def home(row: Row, rule: Rule, chosen: str) -> torch.device | None:
+    """The device of a row; None where it must be left to ``reference``."""
+    del chosen
+    return row.param.device if why_not_row(row, rule) is None else None
+
+
+def part(
+    rows: Sequence[Row], rules: Sequence[GroupRule], home: torch.device, averages: bool
+) -> Part:
+    """The part of the rows on one device."""
+    del home
+    return Part(rows, rules, averages)
+
+
+class Part:
+    """The rows of a plan on one device."""
+
+    reads_scaling = True
+
+    def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule], averages: bool) -> None:
+        self.rows = rows
+        self._rules = rules
+        self._averages = averages
+        self._device = rows[0].param.device
+        self._is_cuda = self._device.type == "cuda"
+        self._tables: Tables | None = None
+        self._active: list[int] = []
+        self._seen: list[Any] | None = None
+        self._listed: list[int] | None = None
+        self._copies: dict[int, torch.Tensor] = {}  # gradients of another layout, in the row's
+        self._counters = torch.zeros(len(rows), dtype=torch.float64, device=self._device)
+        self._counted: dict[int, object] = {}  # by which buffer a counter of ours is known
+        self._lacking: frozenset[int] = frozenset()
+        self._made: frozenset[int] = frozenset()
+        self._counts: dict[int, tuple[float, ...]] = {}
+        self._counters_of: list[Any] = []
+        self._written: list[torch.Tensor] = []
+        self._held: list[torch.Tensor] = []
+        self._versions: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tables on the device."""
+        return 0 if self._tables is None else self._tables.nbytes
+
+    # ----- one step -----------------------------------------------------------------------------
+
+    def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
+        """The whole step without waiting for the device; None, and nothing done, without state."""
+        if self.check(inputs) or not self._active:
+            return None
+        tables = self._ready(inputs, request, scaling.unscale, scaling.divisor)
+        scale, found = scaling.scale_on(self._device), scaling.found_on(self._device)
+        if request.reduce:
+            tables.reduce(request, scale)
+        result = tables.finish(request, scale, found, reduces=request.reduce)
+        tables.apply(request, result)
+        self._bump()
+        return LastUpdate(
+            (lambda: float(result[2])) if request.reduce else None,
+            lambda: bool(result[1] != 0.0),
+            lambda: float(result[0]),
+            flag=result[1],
+        )
+
+    def check(self, inputs: Inputs) -> list[int]:
+        """Refuse what is not right; the rows that have a gradient and no state yet."""
+        # Who writes a step count or a scalar by hand parts what was stepped alike.
+        by_hand = _versions(self._held) != self._versions
+        if by_hand:
+            self._counters_of = []
+        elif self._look(inputs) == self._seen:
+            return []
+        self._refuse_while_capturing("an address or the set of gradients has changed")
+        listed = [id(param) for group in inputs.groups for param in group["params"]]
+        if self._listed is None:
+            self._listed = listed
+        if self._listed != listed:
+            message = "the optimizer's parameters"
+            raise Stale(message)
+        self._seen = self._tables = None
+        fresh, lacking = [], []
+        self._active = [r for r, row in enumerate(self.rows) if row.param.grad is not None]
+        for r in self._active:
+            row, rule = self.rows[r], self._rules[self.rows[r].group]
+            mend_row(row, rule, inputs)
+            check_row(row, rule, inputs)
+            if why_not_row(row, rule.rule) is not None:
+                raise Stale(row.name)
+            inner = inputs.state.get(row.param)
+            if rule.keys and not has_state(inner, rule.keys, row.name):
+                lacking.append(r)
+            if lacking[-1:] == [r] or lacks_average(inner, inputs):
+                fresh.append(r)
+            self._put_into_place(r, row, rule, inputs)
+        self._lacking = frozenset(lacking)
+        check_all_memory(self.rows, self._rules, inputs)
+        if not fresh:
+            self._make_tables(inputs)
+            self._seen = self._look(inputs)
+            self._versions = _versions(self._held)
+        return fresh
+
+    def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
+        """After a `check`: whether an inf or nan was found, and what each row adds to the norm.
+
+        Waits for the device; for a first step, and for a norm over several back ends.
+        """
+        if not self._active:
+            return False, {}
+        if self._tables is None:
+            self._make_tables(inputs)
+        tables = self._ready(inputs, request, request.unscale, 1.0)
+        tables.reduce(request, None)
+        tables.finish(request, None, None, reduces=True)
+        flags, sums = tables.found()
+        return flags, dict(zip(self._active, sums, strict=True))
+
+    def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
+        """After a `check` that found all state: write."""
+        if self._active:
+            tables = self._ready(inputs, request, multiplier, 1.0)
+            result = tables.finish(request, None, None, reduces=False)
+            tables.apply(request, result)
+            self._bump()
+        self._made = frozenset()
+
+    def state_was_made(self) -> None:
+        """Tell it that what the last check found absent was made: a first step is known as such."""
+        self._made = self._lacking
+
+    # ----- what is read anew --------------------------------------------------------------------
+
+    def _look(self, inputs: Inputs) -> list[Any]:
+        """All that the tables were made of, as it is now: equal lists mean equal tables."""
+        seen: list[Any] = [list(map(id, group["params"])) for group in inputs.groups]
+        try:
+            for row in self.rows:
+                grad = row.param.grad
+                if grad is None:
+                    seen.append(None)
+                    continue
+                rule = self._rules[row.group]
+                inner = inputs.state.get(row.param) or {}
+                values = [inner[key] for key in self._kept(rule) if key in inner]
+                seen.append(
+                    (
+                        row.param.data_ptr(),
+                        row.param.stride(),
+                        grad.data_ptr(),
+                        grad.dtype,
+                        grad.device,
+                        grad.shape,
+                        grad.stride(),
+                        grad.is_neg(),
+                        [(id(value), value.data_ptr()) for value in values],
+                    )
+                )
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return [object()]  # not plain tensors: the check says which, and why
+        return seen
+
+    def _kept(self, rule: GroupRule) -> tuple[str, ...]:
+        return (*rule.keys, *((AVERAGE,) if self._averages else ()))
+
+    def _numbers(self, rule: GroupRule) -> tuple[str, ...]:
+        return (*(("step",) if rule.counts_steps else ()), *rule.rule.scalars)
+
+    def _put_into_place(self, r: int, row: Row, rule: GroupRule, inputs: Inputs) -> None:
+        """Bring state to the device and into the layout of its parameter; no value changes."""
+        param, grad = row.param, row.param.grad
+        assert grad is not None
+        self._copies.pop(r, None)
+        if not _lies_like(grad, param):
+            self._copies[r] = _made_like(param, param.dtype)
+        inner = inputs.state.get(param)
+        if inner is None:
+            return
+        for key in self._numbers(rule):
+            if key in inner and inner[key].device != param.device:
+                inner[key] = inner[key].to(param.device)
+        for key in (*rule.rule.state, *((AVERAGE,) if self._averages else ())):
+            if inner.get(key) is not None and not _lies_like(inner[key], param):
+                inner[key] = _made_like(param, inner[key].dtype).copy_(inner[key])
+
+    # ----- tables -------------------------------------------------------------------------------
+
+    def _make_tables(self, inputs: Inputs) -> None:
+        from .triton_tables import Tables
+
+        self._seed_counters(inputs)
+        self._read_counts(inputs)
+        entries = [self._entry(r, inputs) for r in self._active]
+        self._tables = Tables(entries, self._device, self._averages, self._send)
+        self._written = []
+        self._held = []
+        for r in self._active:
+            row = self.rows[r]
+            inner = inputs.state.get(row.param) or {}
+            rule = self._rules[row.group]
+            values = [inner[key] for key in self._kept(rule) if inner.get(key) is not None]
+            self._held += values  # so that no other tensor gets the identity of one of them
+            numbers = self._numbers(rule)
+            moved = [inner[key] for key in self._kept(rule) if key not in numbers and key in inner]
+            self._written += [t for t in (row.param, *moved) if not t.is_inference()]
+
+    def _entry(self, r: int, inputs: Inputs) -> Entry:
+        from .triton_tables import Entry
+
+        row = self.rows[r]
+        rule = self._rules[row.group]
+        inner = inputs.state.get(row.param) or {}
+        states = [inner.get(key) for key in rule.rule.state]
+        grad = self._copies.get(r, row.param.grad)
+        assert grad is not None
+        step = inner.get("step") if rule.counts_steps else self._counters[r]
+        return Entry(
+            rule=rule.rule,
+            group=row.group,
+            addresses=(row.param.data_ptr(), grad.data_ptr(), *map(_address, states)),
+            average=_address(inner.get(AVERAGE)) if self._averages else 0,
+            param=row.param.dtype,
+            state=next((s.dtype for s in states if s is not None), row.param.dtype),
+            size=row.param.numel(),
+            counts=self._counts[r],
+            step=_tagged(step),
+            scalars=tuple(_tagged(inner.get(name)) for name in rule.rule.scalars),
+            identity=row.group << 32 | row.position,
+        )
+
+    def _seed_counters(self, inputs: Inputs) -> None:
+        """Of rules whose steps torch does not count: a buffer that is there has made one."""
+        for r in self._active:
+            row = self.rows[r]
+            rule = self._rules[row.group]
+            if rule.counts_steps:
+                continue
+            inner = inputs.state.get(row.param) or {}
+            buffer = inner.get(next(iter(rule.rule.state), ""))
+            if buffer is not None and self._counted.get(r) is not buffer:
+                self._counters[r] = 0.0 if r in self._made else 1.0
+                self._counted[r] = buffer
+
+    def _read_counts(self, inputs: Inputs) -> None:
+        """Which rows have been stepped alike: read once, and kept while they are stepped together.
+
+        Waits for the device, where the set of gradients, a step or a scalar is another one.
+        """
+        values: list[list[torch.Tensor]] = []
+        for r in self._active:
+            rule = self._rules[self.rows[r].group]
+            inner = inputs.state.get(self.rows[r].param) or {}
+            step = inner.get("step") if rule.counts_steps else self._counters[r]
+            found = [step, *(inner.get(name) for name in rule.rule.counted)]
+            values.append([value for value in found if value is not None])
+        of = [
+            (r, [v.data_ptr() for v in row], id(self._counted.get(r)))
+            for r, row in zip(self._active, values, strict=True)
+        ]
+        if of == self._counters_of:
+            return
+        flat = [value.detach().double().reshape(()) for row in values for value in row]
+        numbers = iter(torch.stack(flat).tolist() if flat else [])
+        self._counts = {
+            r: tuple(next(numbers) for _ in row)
+            for r, row in zip(self._active, values, strict=True)
+        }
+        self._counters_of = of
+
+    def _ready(self, inputs: Inputs, request: Request, unscale: float, divisor: float) -> Tables:
+        assert self._tables is not None
+        for r, copy in self._copies.items():
+            grad = self.rows[r].param.grad
+            assert grad is not None
+            copy.copy_(grad.detach())
+        self._tables.ask(request, unscale, divisor, inputs.numbers, self._send)
+        return self._tables
+
+    def _bump(self) -> None:
+        """Let autograd know what was written; state that was made in one go has one version."""
+        if self._written:
+            increment_version(self._written)
+            self._versions = _versions(self._held)
+
+    def _send(self, host: torch.Tensor) -> torch.Tensor:
+        self._refuse_while_capturing("a number of a group or of the step is another one")
+        if self._device.type == "cpu":
+            return host
+        return host.pin_memory().to(self._device, non_blocking=True)
+
+    def _refuse_while_capturing(self, why: str) -> None:
+        if self._is_cuda and torch.cuda.is_current_stream_capturing():
+            message = (
+                f"while a CUDA graph is captured, nothing can be sent to the device, but {why}: "
+                "make three steps before the capture, with the same gradients in place"
+            )
+            raise RuntimeError(message)
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _lies_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+    """Whether an element stands in the same place, at an address that its type may have."""
+    strides = zip(tensor.shape, tensor.stride(), param.stride(), strict=True)
+    same = all(a == b for n, a, b in strides if n > 1) or tensor.numel() == 0
+    return same and tensor.data_ptr() % tensor.element_size() == 0
+
+
+def _made_like(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tagged(number: torch.Tensor | None) -> int:
+    if number is None:
+        return 0
+    return number.data_ptr() + (number.dtype is torch.float64)

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a plan on the device, and the launches of kernels/triton_*.py over them.
+
+Everything that a step reads stands in memory of the device: addresses, sizes and chunks (int64),
+made anew where a pointer moved; the request and the groups' numbers (fp64), sent again where one is
+another. So a step is launches alone, without waiting for the device, and can be captured.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..kernels import triton_forms, triton_passes, triton_reduce, triton_tail
+from ..kernels.language import Rule
+from ..kernels.reduction import CHUNK
+from ..pytorch.request import Request
+
+_OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
+_REQUEST = triton_passes.REQUEST.value
+_WIDTH = triton_passes.WIDTH.value
+_COLUMNS = triton_tail.CLASS_COLUMNS.value
+_AVERAGE = triton_passes.AVERAGE.value
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row as the device sees it.
+
+    Attributes:
+        rule: of its group.
+        group: index of its group.
+        addresses: of the parameter, its gradient and its states.
+        average: the average's address, 0 where there is none.
+        param: the dtype of parameter and gradient.
+        state: the dtype of its states.
+        size: elements.
+        counts: what rows have in common that were stepped alike: step count and counted scalars.
+        step: address of its step counter, with 1 added where it is fp64.
+        scalars: addresses of its scalars, said likewise.
+        identity: which parameter it is, for stochastic rounding.
+    """
+
+    rule: Rule
+    group: int
+    addresses: tuple[int, ...]
+    average: int
+    param: torch.dtype
+    state: torch.dtype
+    size: int
+    counts: tuple[float, ...]
+    step: int
+    scalars: tuple[int, ...]
+    identity: int
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every address is one of 16 bytes."""
+        return all(address % 16 == 0 for address in (*self.addresses, self.average))
+
+
+@dataclass
+class _OfRule:
+    """What all rows of one rule share on the device."""
+
+    form: triton_forms.RuleForm
+    groups: list[int] = field(default_factory=list)
+    keys: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    table: list[int] = field(default_factory=list)
+    class_table: Any = None
+    classes: Any = None
+    numbers: Any = None
+    begin: int = 0
+    """Where its numbers stand behind the request."""
+
+
+@dataclass
+class _Launch:
+    """The rows that one launch takes."""
+
+    of: _OfRule
+    param: torch.dtype
+    state: torch.dtype
+    aligned: bool
+    entries: list[int] = field(default_factory=list)
+    rows: Any = None
+    work: Any = None
+    per_tensor: Any = None
+    chunks: int = 0
+
+
+def _even(n: int) -> int:
+    """Rounded up, so that what stands behind n numbers of 8 bytes is aligned to 16."""
+    return n + n % 2
+
+
+class Tables:
+    """Rows cut into chunks and sorted into launches."""
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        device: torch.device,
+        averages: bool,
+        send: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.device = device
+        self.averages = averages
+        self.total_rows = len(entries)
+        self._rules: dict[str, _OfRule] = {}
+        launches: dict[tuple[Any, ...], _Launch] = {}
+        first_chunks: list[int] = []
+        chunk_of: list[int] = []
+        rows: list[list[int]] = []
+        for e, entry in enumerate(entries):
+            of = self._rules.setdefault(entry.rule.name, _OfRule(triton_forms.form_of(entry.rule)))
+            key = (entry.rule.name, entry.param, entry.state, entry.is_aligned)
+            launch = launches.setdefault(key, _Launch(of, *key[1:]))
+            launch.entries.append(e)
+            rows.append([*_row(entry), len(chunk_of), _class_of(of, entry), *_tail(entry)])
+            first_chunks.append(len(chunk_of))
+            chunks = chunks_of(entry.size)
+            chunk_of += [c << 32 | chunks for c in range(chunks)]
+        self.total_chunks = len(chunk_of)
+        self._launches = list(launches.values())
+        self._sent = self._lay_out(rows, entries, first_chunks, chunk_of, send)
+        sums = max([1, *(of.form.per_tensor for of in self._rules.values())])
+        self._sums = self._doubles(sums * self.total_chunks)
+        self._row_sums = self._doubles(self.total_rows)
+        self._flags = torch.zeros(max(1, self.total_chunks), device=device)
+        self._begin_numbers()
+
+    # ----- tables -------------------------------------------------------------------------------
+
+    def _lay_out(
+        self,
+        rows: list[list[int]],
+        entries: Sequence[Entry],
+        first_chunks: list[int],
+        chunk_of: list[int],
+        send: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """All int64 tables in one tensor, sent at once; its parts become the attributes."""
+        parts: list[list[int]] = [first_chunks, chunk_of]
+        for launch in self._launches:
+            parts.append([number for e in launch.entries for number in rows[e]])
+            work = [
+                local << 32 | chunk
+                for local, e in enumerate(launch.entries)
+                for chunk in range(chunks_of(entries[e].size))
+            ]
+            launch.chunks = len(work)
+            parts.append(work)
+        parts += [of.table for of in self._rules.values()]
+        flat: list[int] = []
+        places = []
+        for part in parts:
+            places.append((len(flat), len(part)))
+            flat += part + [0] * (_even(len(part)) - len(part))
+        sent = send(torch.tensor(flat or [0, 0], dtype=torch.int64))
+        views = iter([sent[begin : begin + n] for begin, n in places])
+        self._first_chunks, self._chunk_of = next(views), next(views)
+        for launch in self._launches:
+            launch.rows, launch.work = next(views), next(views)
+            launch.per_tensor = self._doubles(len(launch.entries) * launch.of.form.per_tensor)
+        for of in self._rules.values():
+            of.class_table = next(views)
+            of.classes = self._doubles(len(of.keys) * of.form.class_width)
+        return sent
+
+    def _doubles(self, n: int) -> torch.Tensor:
+        return torch.zeros(max(2, n), dtype=torch.float64, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+        tensors = [self._sent, self._sums, self._row_sums, self._flags, self._request]
+        tensors += [launch.per_tensor for launch in self._launches]
+        tensors += [of.classes for of in self._rules.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    # ----- what is asked for --------------------------------------------------------------------
+
+    def _begin_numbers(self) -> None:
+        length = _REQUEST
+        for of in self._rules.values():
+            of.begin = length
+            length += _even(len(of.groups) * (1 + of.form.numbers))
+        self._request = self._doubles(length)
+        self._asked = b""
+        for of in self._rules.values():
+            of.numbers = self._request[of.begin :]
+
+    def ask(
+        self,
+        request: Request,
+        unscale: float,
+        divisor: float,
+        numbers: Sequence[Sequence[float]],
+        send: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Send the request and the groups' numbers (sign first), if one is another."""
+        (seed,) = struct.unpack("d", struct.pack("q", request.seed))
+        asked = [unscale, divisor, request.max_norm, request.clip_value, request.ema_weight]
+        asked += [float(request.skip), float(request.finite_norm), seed]
+        for of in self._rules.values():
+            asked += [0.0] * (of.begin - len(asked))
+            for group in of.groups:
+                asked += numbers[group]
+        asked += [0.0] * (self._request.numel() - len(asked))
+        bits = struct.pack(f"{len(asked)}d", *asked)
+        if bits != self._asked:
+            self._request.copy_(send(torch.frombuffer(bytearray(bits), dtype=torch.float64)))
+            self._asked = bits
+
+    # ----- launches -----------------------------------------------------------------------------
+
+    def reduce(self, request: Request, scale: torch.Tensor | None) -> None:
+        """A number and a flag a chunk."""
+        with self._on_device():
+            for launch in self._launches:
+                triton_reduce.reduce_pass[(launch.chunks,)](
+                    launch.rows,
+                    launch.work,
+                    self._request,
+                    self._row_sums if scale is None else scale,
+                    self._sums,
+                    self._flags,
+                    grad=_language_type(launch.param),
+                    aligned=launch.aligned,
+                    is_inf_norm=request.inf_norm,
+                    is_scaled=scale is not None,
+                    num_warps=8,
+                    **_OPTIONS,
+                )
+
+    def finish(
+        self,
+        request: Request,
+        scale: torch.Tensor | None,
+        found: torch.Tensor | None,
+        *,
+        reduces: bool,
+    ) -> torch.Tensor:
+        """Norm, multiplier, skip and hypers; returns the tensor of the first three."""
+        result = torch.zeros(3, dtype=torch.float64, device=self.device)
+        with self._on_device():
+            for index, of in enumerate(self._rules.values()):
+                triton_tail.finish[(max(1, len(of.keys)),)](
+                    self._chunk_of,
+                    self._sums,
+                    self._flags,
+                    self._row_sums,
+                    self._first_chunks,
+                    self.total_chunks,
+                    self.total_rows,
+                    self._request,
+                    self._row_sums if scale is None else scale,
+                    self._row_sums if found is None else found,
+                    result,
+                    of.class_table,
+                    of.numbers,
+                    of.classes,
+                    prepare=of.form.prepare,
+                    number_count=of.form.numbers,
+                    number_width=1 + of.form.numbers,
+                    counted=of.form.counted,
+                    results=of.form.results,
+                    class_width=of.form.class_width,
+                    is_first=index == 0,
+                    reduces=reduces,
+                    is_inf_norm=request.inf_norm,
+                    is_scaled=scale is not None,
+                    is_found=found is not None,
+                    num_warps=8 if reduces and index == 0 else 1,
+                    **_OPTIONS,
+                )
+        return result
+
+    def apply(self, request: Request, result: torch.Tensor) -> None:
+        """Every stage of every rule, and the turns between them."""
+        with self._on_device():
+            for launch in self._launches:
+                form = launch.of.form
+                for s, stage in enumerate(form.stages):
+                    self._apply_stage(launch, s, request, result)
+                    if stage.sums or stage.turn is not None:
+                        triton_tail.turn_rows[(len(launch.entries),)](
+                            launch.rows,
+                            launch.of.classes,
+                            result,
+                            self._sums,
+                            launch.per_tensor,
+                            self.total_chunks,
+                            turn=stage.turn,
+                            takes=stage.turn_takes,
+                            gives=stage.turn_gives,
+                            sum_indices=stage.sums,
+                            class_width=form.class_width,
+                            per_tensor_width=form.per_tensor,
+                            num_warps=4,
+                            **_OPTIONS,
+                        )
+
+    def _apply_stage(self, launch: _Launch, s: int, request: Request, result: torch.Tensor) -> None:
+        form, stage = launch.of.form, launch.of.form.stages[s]
+        averages = self.averages and s + 1 == len(form.stages)
+        kinds = [launch.param if role < 2 else launch.state for role in stage.roles]
+        sizes = [kind.itemsize for kind in kinds] or [launch.param.itemsize]
+        if averages:
+            sizes += [launch.param.itemsize, max(4, launch.param.itemsize)]
+        block, warps = triton_passes.block_of(tuple(sizes), bool(stage.sums))
+        triton_passes.apply_pass[(launch.chunks,)](
+            launch.rows,
+            launch.work,
+            launch.of.classes,
+            self._request,
+            result,
+            self._sums,
+            launch.per_tensor,
+            self.total_chunks,
+            text=stage.wide_text if launch.param is torch.float64 else stage.text,
+            takes=stage.takes,
+            gives=stage.gives,
+            first_sum=stage.sums[0] if stage.sums else 0,
+            counted=form.counted,
+            class_width=form.class_width,
+            per_tensor_width=form.per_tensor,
+            stage=s,
+            block=block,
+            param=_language_type(launch.param),
+            state=_language_type(launch.state),
+            aligned=launch.aligned,
+            clips=request.clip_value != float("inf"),
+            is_by_chance=request.stochastic,
+            averages=averages,
+            num_warps=warps,
+            **_OPTIONS,
+        )
+
+    def found(self) -> tuple[bool, list[float]]:
+        """After `finish`: whether there is an inf or nan, and what each row adds to the norm."""
+        rows = self._sums[self._first_chunks] if self.total_rows else self._sums[:0]
+        return bool(self._flags.any()), rows.tolist()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        if self.device.type == "cpu":
+            return nullcontext()
+        module: Any = torch.get_device_module(self.device.type)
+        made: AbstractContextManager[Any] = module.device(self.device)
+        return made
+
+
+def chunks_of(size: int) -> int:
+    """How many chunks a row has; one without elements has an empty one."""
+    return max(1, -(-size // CHUNK))
+
+
+def _row(entry: Entry) -> list[int]:
+    """The columns of a row up to its size."""
+    absent = [0] * (_AVERAGE - len(entry.addresses))
+    return [*entry.addresses, *absent, entry.average, entry.size]
+
+
+def _tail(entry: Entry) -> list[int]:
+    """The columns behind its class."""
+    return [entry.step, *entry.scalars, *([0] * (2 - len(entry.scalars))), entry.identity]
+
+
+def _class_of(of: _OfRule, entry: Entry) -> int:
+    """The index of its class among the rule's; a new one is led by this row's numbers."""
+    key = (entry.group, *entry.counts)
+    if key not in of.keys:
+        if entry.group not in of.groups:
+            of.groups.append(entry.group)
+        of.keys[key] = len(of.keys)
+        scalars = [*entry.scalars, 0, 0][:2]
+        of.table += [of.groups.index(entry.group), entry.step, *scalars]
+    return of.keys[key]
+
+
+def _language_type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }[dtype]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton back end on CPU tensors: a row of the registry that only tests have.
+
+The part is the product's own; it says beside what its kernels may reach, and what they may write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import pyupdate
+from device.triton_on_cpu import Machine, on_cpu
+from pyupdate import backends
+from pyupdate.backends import triton as product
+from pyupdate.options import LastUpdate
+from pyupdate.pytorch.request import Request, Scaling
+from pyupdate.pytorch.rows import AVERAGE, GroupRule, Inputs, Row
+
+_WRITTEN = frozenset({"sums", "flags", "row_sums", "result", "classes", "per_tensor"})
+_machine: list[Machine] = []
+
+home = product.home
+
+
+def why_not() -> None:
+    return None
+
+
+def part(rows: Sequence[Row], rules: Sequence[GroupRule], home: Any, averages: bool) -> Part:
+    return Part(rows, rules, averages)
+
+
+class Part(product.Part):
+    """The product's part, which says what it reaches."""
+
+    def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
+        self._say(inputs)
+        return super().step(inputs, request, scaling)
+
+    def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
+        self._say(inputs)
+        return super().reduce(inputs, request)
+
+    def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
+        self._say(inputs)
+        super().apply(inputs, request, multiplier)
+
+    def _say(self, inputs: Inputs) -> None:
+        def reach() -> Iterator[tuple[torch.Tensor, bool]]:
+            yield self._counters, True
+            for r, row in enumerate(self.rows):
+                if row.param.grad is None:
+                    continue
+                yield row.param, True
+                yield self._copies.get(r, row.param.grad), False
+                inner = inputs.state.get(row.param) or {}
+                for key in (*self._rules[row.group].keys, AVERAGE):
+                    if key in inner:
+                        yield inner[key], True
+
+        _machine[-1].memory = reach
+
+
+ROW = backends.Backend("triton", "device.triton_backend", ("cpu",), "Triton's PTX on the CPU")
+
+
+@contextmanager
+def triton_backend(capability: int = 90) -> Iterator[Machine]:
+    """Step CPU tensors by the Triton kernels of a compute capability, inside the block."""
+    with on_cpu(capability) as machine, pytest.MonkeyPatch.context() as patch:
+        machine.written = _WRITTEN
+        rows = tuple(ROW if row.name == "triton" else row for row in backends.BACKENDS)
+        patch.setattr(backends, "BACKENDS", rows)
+        _machine.append(machine)
+        try:
+            with pyupdate.use_backend("triton"):
+                yield machine
+        finally:
+            _machine.pop()
