@@ -17,51 +17,13 @@ from typing import Any
 import torch
 
 from ..kernels import triton_forms, triton_passes, triton_reduce, triton_tail
-from ..kernels.language import Rule
-from ..kernels.reduction import CHUNK
 from ..pytorch.request import Request
+from .triton_rows import Entry, chunks_of
 
 _OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
 _REQUEST = triton_passes.REQUEST.value
 _WIDTH = triton_passes.WIDTH.value
 _COLUMNS = triton_tail.CLASS_COLUMNS.value
-_AVERAGE = triton_passes.AVERAGE.value
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row as the device sees it.
-
-    Attributes:
-        rule: of its group.
-        group: index of its group.
-        addresses: of the parameter, its gradient and its states.
-        average: the average's address, 0 where there is none.
-        param: the dtype of parameter and gradient.
-        state: the dtype of its states.
-        size: elements.
-        counts: what rows have in common that were stepped alike: step count and counted scalars.
-        step: address of its step counter, with 1 added where it is fp64.
-        scalars: addresses of its scalars, said likewise.
-        identity: which parameter it is, for stochastic rounding.
-    """
-
-    rule: Rule
-    group: int
-    addresses: tuple[int, ...]
-    average: int
-    param: torch.dtype
-    state: torch.dtype
-    size: int
-    counts: tuple[float, ...]
-    step: int
-    scalars: tuple[int, ...]
-    identity: int
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether every address is one of 16 bytes."""
-        return all(address % 16 == 0 for address in (*self.addresses, self.average))
 
 
 @dataclass
@@ -118,11 +80,14 @@ class Tables:
         chunk_of: list[int] = []
         rows: list[list[int]] = []
         for e, entry in enumerate(entries):
-            of = self._rules.setdefault(entry.rule.name, _OfRule(triton_forms.form_of(entry.rule)))
+            of = self._rules.get(entry.rule.name)
+            if of is None:
+                of = self._rules[entry.rule.name] = _OfRule(triton_forms.form_of(entry.rule))
             key = (entry.rule.name, entry.param, entry.state, entry.is_aligned)
             launch = launches.setdefault(key, _Launch(of, *key[1:]))
             launch.entries.append(e)
-            rows.append([*_row(entry), len(chunk_of), _class_of(of, entry), *_tail(entry)])
+            between = (len(chunk_of), _class_of(of, entry))
+            rows.append([*entry.columns(), *between, *entry.last_columns()])
             first_chunks.append(len(chunk_of))
             chunks = chunks_of(entry.size)
             chunk_of += [c << 32 | chunks for c in range(chunks)]
@@ -162,7 +127,13 @@ class Tables:
         for part in parts:
             places.append((len(flat), len(part)))
             flat += part + [0] * (_even(len(part)) - len(part))
-        sent = send(torch.tensor(flat or [0, 0], dtype=torch.int64))
+        gradient_at = [0] * len(entries)
+        for launch, (begin, _) in zip(self._launches, places[2::2], strict=False):
+            for local, e in enumerate(launch.entries):
+                gradient_at[e] = begin + local * _WIDTH + 1
+        self._gradient_at = torch.tensor(gradient_at, dtype=torch.int64)
+        self._host = torch.tensor(flat or [0, 0], dtype=torch.int64)
+        sent = send(self._host)
         views = iter([sent[begin : begin + n] for begin, n in places])
         self._first_chunks, self._chunk_of = next(views), next(views)
         for launch in self._launches:
@@ -172,6 +143,13 @@ class Tables:
             of.class_table = next(views)
             of.classes = self._doubles(len(of.keys) * of.form.class_width)
         return sent
+
+    def move_gradients(
+        self, addresses: Sequence[int], send: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Enter the gradients' new addresses, in the order of the rows."""
+        self._host[self._gradient_at] = torch.tensor(addresses, dtype=torch.int64)
+        self._sent.copy_(send(self._host))
 
     def _doubles(self, n: int) -> torch.Tensor:
         return torch.zeros(max(2, n), dtype=torch.float64, device=self.device)
@@ -354,22 +332,6 @@ class Tables:
         module: Any = torch.get_device_module(self.device.type)
         made: AbstractContextManager[Any] = module.device(self.device)
         return made
-
-
-def chunks_of(size: int) -> int:
-    """How many chunks a row has; one without elements has an empty one."""
-    return max(1, -(-size // CHUNK))
-
-
-def _row(entry: Entry) -> list[int]:
-    """The columns of a row up to its size."""
-    absent = [0] * (_AVERAGE - len(entry.addresses))
-    return [*entry.addresses, *absent, entry.average, entry.size]
-
-
-def _tail(entry: Entry) -> list[int]:
-    """The columns behind its class."""
-    return [entry.step, *entry.scalars, *([0] * (2 - len(entry.scalars))), entry.identity]
 
 
 def _class_of(of: _OfRule, entry: Entry) -> int:
