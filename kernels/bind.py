@@ -15,8 +15,8 @@ import builtins
 import hashlib
 import inspect
 from collections.abc import Callable
-from functools import cache
-from types import FunctionType
+from functools import cache, partial
+from types import CodeType, FunctionType
 from typing import Any
 
 from .language import PRIMITIVES, Text, analyse
@@ -133,12 +133,58 @@ class _Widening(ast.NodeTransformer):
         return ast.Call(ast.Name("wide", ast.Load()), [node], [])
 
 
+def _tensorflow(dtype: str) -> dict[str, Any]:
+    import tensorflow as tf
+
+    def tensor(value: Any) -> Any:
+        # A literal by itself has no type; TensorFlow, unlike the others, never promotes.
+        return tf.convert_to_tensor(value, dtype)
+
+    def divide(a: Any, b: Any) -> Any:
+        return tf.math.divide(tensor(a), tensor(b))
+
+    def sqrt(x: Any) -> Any:
+        return tf.sqrt(tensor(x))
+
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        return tf.where(condition, tensor(a), tensor(b))
+
+    return {"divide": divide, "sqrt": sqrt, "where": where}
+
+
+class _WholeNumbers:
+    """What (x + this) - this rounds x by in TensorFlow, in the place of a large number.
+
+    The rounding to a whole number that `scalar.py` writes as adding and taking away 2^52 is nothing
+    to TensorFlow's and XLA's optimizers, which put constants together: they would leave x as it is.
+    TensorFlow asks the right operand where it cannot make a tensor of it.
+    """
+
+    numbers = (4503599627370496.0, 6755399441055744.0)
+
+    def __radd__(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        return tf.round(x)  # to the nearest, ties to even, as the sum would be
+
+    def __rsub__(self, x: Any) -> Any:
+        return x
+
+
+def _for_tensorflow(code: CodeType) -> CodeType:
+    whole = _WholeNumbers()
+    constants = (whole if c in _WholeNumbers.numbers else c for c in code.co_consts)
+    return code.replace(co_consts=tuple(constants))
+
+
 _LIBRARIES: dict[str, Callable[[], dict[str, Any]]] = {
     "numpy": _numpy,
     "torch": _torch,
     "triton": _triton,
     "triton fp64": _triton,
     "triton scalar": _triton_scalar,
+    "tensorflow float32": partial(_tensorflow, "float32"),
+    "tensorflow float64": partial(_tensorflow, "float64"),
 }
 
 
@@ -154,7 +200,7 @@ def bind(text: Text, library: str) -> Callable[..., Any]:
     Args:
         text: the function.
         library: "numpy", "torch", "triton"; of fp64, "triton fp64" for blocks and "triton scalar"
-            for numbers.
+            for numbers; "tensorflow float32" or "tensorflow float64".
 
     Raises:
         RuleError: the text is not in the language.
@@ -169,5 +215,6 @@ def bind(text: Text, library: str) -> Callable[..., Any]:
     # An operator may import (torch's first comparison of a tensor with a number does), and an
     # import looks here for __import__: without it a process's first step raises a KeyError.
     bound["__builtins__"] = builtins
-    made = FunctionType(text.__code__, bound, text.__name__)
+    code = _for_tensorflow(text.__code__) if library.startswith("tensorflow") else text.__code__
+    made = FunctionType(code, bound, text.__name__)
     return _jitted(made, text, library != "triton") if "triton" in library else made

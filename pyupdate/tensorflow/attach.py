@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from pyupdate import frameworks
+from pyupdate.kernels.language import Rule
 from pyupdate.names import new_name
 from pyupdate.options import PARAMETERS, Options
 
@@ -69,6 +70,13 @@ def _optimizer(model: Any, optimizer: Any, numbers: dict[str, Any]) -> Any:
             )
             raise ValueError(message)
         return known[optimizer.lower()](**numbers)
+    if isinstance(optimizer, Rule):
+        if optimizers.home(model) != "keras":
+            message = "a rule makes an optimizer of Keras 3: this model is tf-keras's"
+            raise ValueError(message)
+        from pyupdate import keras_optim
+
+        return keras_optim.from_rule(optimizer, **numbers)
     if numbers:
         message = f"build got unexpected options {sorted(numbers)}: they go with a name or a rule"
         raise TypeError(message)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RET504 - a rule returns the names that it assigned
+"""`keras_optim.from_rule`: the rule text that runs under torch, as a Keras optimizer."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import pyupdate
+from pyupdate import keras_optim
+from pyupdate.kernels import oracle
+from pyupdate.kernels.rules import RULES
+
+STEPS = 3
+EPS = float(np.finfo(np.float32).eps)
+NUMBERS = {
+    "sgd_momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "adamw": {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1},
+    "nadam": {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8},
+    "lamb": {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1},
+}
+
+
+def numbers_of(name: str) -> dict[str, float]:
+    """Those above, and 0 for what a rule wants beside them."""
+    return {number: NUMBERS[name].get(number, 0.0) for number in RULES[name].numbers}
+
+
+def grads(step: int) -> np.ndarray:
+    return np.random.default_rng(step).standard_normal((33, 7)).astype(np.float32)
+
+
+@pyupdate.rule
+def descent(param, grad, lr):
+    param = param - lr * grad
+    return param
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_steps_are_the_oracles_up_to_contraction(name: str) -> None:
+    rule, numbers = RULES[name], numbers_of(name)
+    optimizer = keras_optim.from_rule(name, **numbers)
+    start = grads(100)
+    variable = keras.Variable(start)
+    wide = start.astype(np.float64)
+    state = {k: np.zeros_like(wide) for k in rule.state}
+    state |= {k: np.asarray(float(v)) for k, v in rule.scalars.items()}
+    for step in range(1, STEPS + 1):
+        optimizer.apply([keras.ops.array(grads(step))], [variable])
+        before = wide
+        wide, state = oracle.step(
+            rule, wide, grads(step).astype(np.float64), state, list(numbers.values()), count=step
+        )
+        bound = step * 16 * EPS * np.maximum(np.abs(wide), np.abs(wide - before).max())
+        assert np.all(np.abs(variable.numpy() - wide) <= bound)
+
+
+def test_a_rule_of_ones_own_by_hand() -> None:
+    optimizer = keras_optim.from_rule(descent, lr=0.5)
+    weight = keras.Variable([1.0, 1.0])
+    optimizer.apply([keras.ops.array([0.5, 0.0])], [weight])
+    assert weight.numpy().tolist() == [0.75, 1.0]
+
+
+def test_a_config_makes_the_same_optimizer() -> None:
+    for optimizer in (
+        keras_optim.from_rule("adamw", **numbers_of("adamw"), global_clipnorm=0.5),
+        keras_optim.from_rule(descent, lr=0.1),
+    ):
+        again = type(optimizer).from_config(optimizer.get_config())
+        assert again.rule is optimizer.rule and again.numbers == optimizer.numbers
+        assert again.global_clipnorm == optimizer.global_clipnorm
+
+
+def test_update_model_takes_it() -> None:
+    import tensorflow as tf
+
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1, use_bias=False)])
+    pyupdate.build(model, keras_optim.from_rule(descent, lr=0.25))
+    before = model.trainable_variables[0].numpy()
+    x = tf.constant([[1.0, 2.0, 4.0]])
+    with tf.GradientTape() as tape:
+        loss = model(x)
+    pyupdate.update_model(model, loss, tape=tape)
+    wanted = before - 0.25 * np.array([[1.0], [2.0], [4.0]], np.float32)
+    assert np.array_equal(model.trainable_variables[0].numpy(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "kind", "words"),
+    [
+        ("adamm", {}, ValueError, "no shipped rule is named 'adamm'"),
+        ("muon", {}, ValueError, "around matrix products"),
+        ("sgd", {}, TypeError, "needs lr"),
+        (descent, {"lr": 0.1, "clipnrm": 1.0}, TypeError, "takes no 'clipnrm'"),
+        (print, {}, TypeError, "takes a pyupdate.rule or a name"),
+    ],
+)
+def test_what_is_refused(rule, arguments, kind, words) -> None:
+    with pytest.raises(kind, match=words):
+        keras_optim.from_rule(rule, **arguments)
+
+
+def test_build_takes_a_rule() -> None:
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+    pyupdate.build(model, descent, lr=0.25)
+    assert model.current_optimizer.rule is descent
+    assert model.current_optimizer.numbers == {"lr": 0.25}
