@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bits import assert_same_bits
+from cases import CASES, OTHERS
 from compiling import ROOT, compiler, run
 
 from pyupdate.kernels import emit_cpp, oracle, reduction, rules
 from pyupdate.kernels.language import Rule
+from pyupdate.kernels.rules import RULES
 
 Array = np.ndarray[Any, Any]
 
@@ -54,11 +57,21 @@ def build(
     folder: Path,
     entries: Mapping[str, Rule],
     flags: Sequence[str] = (),
+    *,
     edits: Mapping[str, tuple[str, str]] | None = None,
+    storages: Sequence[int] = range(len(STORAGES)),
+    main: str = "cuda_steps.cpp",
 ) -> Program:
-    """Compile the kernels as host C++; `edits` are (file of csrc/cuda, old text -> new text).
+    """Compile the kernels as host C++.
 
-    Only a copy is edited, and an old text must be there exactly once.
+    Args:
+        folder: where everything is written.
+        entries: the rules.
+        flags: more of the compiler's.
+        edits: file of csrc/cuda -> (old text, new text). Only a copy is edited, and an old text
+            must be there exactly once.
+        storages: those whose apply kernels are compiled; a test may need no other.
+        main: the file of tests/device that runs them.
     """
     sources = ROOT / "csrc"
     if edits:
@@ -75,11 +88,18 @@ def build(
     include = [f"-I{folder}", f"-I{sources}", f"-I{ROOT / 'tests/device'}"]
     command = [compiler(), *FLAGS, *flags, "-DPYUPDATE_ISA=device", *include, "-x", "c++", "-c"]
     jobs = [
-        (sources / "cuda/apply.cu", f"apply{k}.o", (f"-DPYUPDATE_STORAGE={k}",))
-        for k in range(len(STORAGES))
+        (sources / "cuda/apply.cu", f"apply{k}.o", (f"-DPYUPDATE_STORAGE={k}",)) for k in storages
     ]
     jobs += [(sources / f"cuda/{name}.cu", f"{name}.o", ()) for name in ("reduce", "launch")]
-    jobs.append((ROOT / "tests/device/cuda_steps.cpp", "steps.o", ()))
+    jobs.append((ROOT / "tests/device" / main, "main.o", ()))
+    left_out = [k for k in range(len(STORAGES)) if k not in storages]
+    if left_out:
+        stub = folder / "left_out.cpp"
+        none = "template <> const ApplyRow* apply_rows<{}>() {{ return nullptr; }}\n"
+        text = "".join(none.format(k) for k in left_out)
+        head = '#include "cuda/apply_table.h"\n'
+        stub.write_text(f"{head}namespace pyupdate::cuda {{\n{text}}}\n")
+        jobs.append((stub, "left_out.o", ()))
 
     def compile_one(job: tuple[Path, str, tuple[str, ...]]) -> Path:
         source, name, more = job
@@ -287,3 +307,62 @@ def _ints(numbers: Sequence[int]) -> bytes:
 
 def _floats(numbers: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(numbers)}d", *numbers)
+
+
+# ----- plans --------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "plain": Asked(),
+    "scaler": Asked(reduce=True, skip_nonfinite=True, unscale=0.5, scale=1024.0),
+    "clip": Asked(reduce=True, max_norm=0.3),
+    "inf norm": Asked(reduce=True, max_norm=0.01, inf_norm=True),
+    "value": Asked(clip_value=0.1),
+    "average": Asked(ema_weight=0.125),
+    "chance": Asked(seed=7),
+    "all": Asked(reduce=True, max_norm=0.7, clip_value=0.2, ema_weight=0.01, seed=-3, apart=True),
+}
+
+
+def group_of(name: str, storage: int = FP32, **more: Any) -> Group:
+    for case in (*CASES, *OTHERS):
+        if case.name == name and (case.full or name.startswith("sgd")):
+            sign, numbers = case.numbers()
+            return Group(case.rule, numbers, storage, sign, **more)
+    rule = RULES[name]  # of a composite, whose other half is the framework's
+    return Group(rule, [0.1 + 0.05 * k for k in range(len(rule.numbers))], storage, **more)
+
+
+def row_of(
+    rng: np.random.Generator, groups: list[Group], index: int, size: int, **more: Any
+) -> Any:
+    """A row with state as some steps leave it, and gradients for two steps."""
+    group = groups[index]
+    _, kind, state_kind, compute = STORAGES[group.storage]
+
+    def values(kind: type, scale: float = 1.0) -> Any:
+        wide = (rng.standard_normal(size) * scale).astype(compute)
+        return oracle.store(wide, np.zeros(size, kind))
+
+    state: dict[str, Any] = {
+        name: oracle.store(oracle.load(values(state_kind)) ** 2, np.zeros(size, state_kind))
+        for name in group.rule.state
+    }
+    state |= {name: np.asarray(0.75, np.float32) for name in group.rule.scalars}
+    return Parameter(index, values(kind), state, [values(kind, 0.5) for _ in range(2)], **more)
+
+
+def with_averages(rng: np.random.Generator, groups: list[Group], rows: list[Parameter]) -> None:
+    for row in rows:
+        compute = STORAGES[groups[row.group].storage][3]
+        row.average = rng.standard_normal(row.param.size).astype(compute)
+
+
+def assert_same(found: Result, wanted: Result, rows: Sequence[Parameter]) -> None:
+    """Bit for bit, but for what a nan is made of."""
+    for step, (a, b) in enumerate(zip(found.outcomes, wanted.outcomes, strict=True)):
+        assert a == b or any(math.isnan(x) for x in b), f"outcome of step {step}: {a}, not {b}"
+    assert found.counts == wanted.counts
+    for r, (a, b) in enumerate(zip(found.arrays, wanted.arrays, strict=True)):
+        assert a.keys() == b.keys()
+        for name in b:
+            assert_same_bits(a[name], b[name], f"row {r} of {rows[r].param.size}, {name}")

@@ -14,8 +14,20 @@ import cuda_cases
 import numpy as np
 import pytest
 from bits import assert_same_bits
-from cases import CASES, OTHERS
-from cuda_cases import FP32, STORAGES, Asked, Group, Parameter, Program, expected, run_steps
+from cuda_cases import (
+    OPTIONS,
+    STORAGES,
+    Asked,
+    Group,
+    Parameter,
+    Program,
+    assert_same,
+    expected,
+    group_of,
+    row_of,
+    run_steps,
+    with_averages,
+)
 
 from pyupdate.kernels import oracle
 from pyupdate.kernels.rules import RULES
@@ -24,16 +36,6 @@ from pyupdate.kernels.rules import RULES
 # more than one chunk.
 SIZES = (*range(20), 33, 63, 64, 65, 70, 1025, 2049)
 CHUNKS = (16_383, 16_384, 16_385, 100_003)
-OPTIONS = {
-    "plain": Asked(),
-    "scaler": Asked(reduce=True, skip_nonfinite=True, unscale=0.5, scale=1024.0),
-    "clip": Asked(reduce=True, max_norm=0.3),
-    "inf norm": Asked(reduce=True, max_norm=0.01, inf_norm=True),
-    "value": Asked(clip_value=0.1),
-    "average": Asked(ema_weight=0.125),
-    "chance": Asked(seed=7),
-    "all": Asked(reduce=True, max_norm=0.7, clip_value=0.2, ema_weight=0.01, seed=-3, apart=True),
-}
 
 
 @pytest.fixture(scope="session")
@@ -41,52 +43,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return cuda_cases.build(tmp_path_factory.mktemp("cuda"), RULES)
 
 
-def group_of(name: str, storage: int = FP32, **more: Any) -> Group:
-    for case in (*CASES, *OTHERS):
-        if case.name == name and (case.full or name.startswith("sgd")):
-            sign, numbers = case.numbers()
-            return Group(case.rule, numbers, storage, sign, **more)
-    rule = RULES[name]  # of a composite, whose other half is the framework's
-    return Group(rule, [0.1 + 0.05 * k for k in range(len(rule.numbers))], storage, **more)
-
-
-def row_of(
-    rng: np.random.Generator, groups: list[Group], index: int, size: int, **more: Any
-) -> Any:
-    """A row with state as some steps leave it, and gradients for two steps."""
-    group = groups[index]
-    _, kind, state_kind, compute = STORAGES[group.storage]
-
-    def values(kind: type, scale: float = 1.0) -> Any:
-        wide = (rng.standard_normal(size) * scale).astype(compute)
-        return oracle.store(wide, np.zeros(size, kind))
-
-    state: dict[str, Any] = {
-        name: oracle.store(oracle.load(values(state_kind)) ** 2, np.zeros(size, state_kind))
-        for name in group.rule.state
-    }
-    state |= {name: np.asarray(0.75, np.float32) for name in group.rule.scalars}
-    return Parameter(index, values(kind), state, [values(kind, 0.5) for _ in range(2)], **more)
-
-
-def with_averages(rng: np.random.Generator, groups: list[Group], rows: list[Parameter]) -> None:
-    for row in rows:
-        compute = STORAGES[groups[row.group].storage][3]
-        row.average = rng.standard_normal(row.param.size).astype(compute)
-
-
 def compare(
     program: Program, groups: list[Group], rows: list[Parameter], asked: Asked, **more: int
 ) -> Any:
     found = run_steps(program, groups, rows, asked, **more)
-    wanted = expected(groups, rows, asked)
-    for step, (a, b) in enumerate(zip(found.outcomes, wanted.outcomes, strict=True)):
-        assert a == b or any(math.isnan(x) for x in b), f"outcome of step {step}: {a}, not {b}"
-    assert found.counts == wanted.counts
-    for r, (a, b) in enumerate(zip(found.arrays, wanted.arrays, strict=True)):
-        assert a.keys() == b.keys()
-        for name in b:
-            assert_same_bits(a[name], b[name], f"row {r} of {rows[r].param.size}, {name}")
+    assert_same(found, expected(groups, rows, asked), rows)
     return found
 
 

@@ -205,13 +205,15 @@ CUDA_ON_CPU_HIDDEN inline void enter() {
   acquire(&launch_begins);
   (*block->body)();
   release(&launch_ends);
-  Unseen unseen;
-  if (block->arrived != 0) fail("a thread ends while others wait at a barrier");
-  if (warp_waits(current->place.x / kLanesOfWarp * kLanesOfWarp)) {
-    fail("a lane ends while its warp waits for it");
+  {
+    Unseen unseen;  // ends here: a thread that ends unseen is a fault to ThreadSanitizer
+    if (block->arrived != 0) fail("a thread ends while others wait at a barrier");
+    if (warp_waits(current->place.x / kLanesOfWarp * kLanesOfWarp)) {
+      fail("a lane ends while its warp waits for it");
+    }
+    --block->live;
+    current->state = State::kDone;
   }
-  --block->live;
-  current->state = State::kDone;
   to_scheduler(true);
 }
 
