@@ -10,7 +10,7 @@ import os
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +153,7 @@ class Module:
     """A built module; see the package's docstring."""
 
     def __init__(self, text: str, module: Text, layouts: dict[str, Layout], so: Path) -> None:
+        self.text = text
         self._lines = text.split("\n")
         self._module = module
         self._layouts = layouts
@@ -260,11 +261,12 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join([*texts, *_FLAGS]).encode()).hexdigest()[:20]
 
 
-def translate(text: str, build: Path = _BUILD) -> Module:
+def translate(text: str, build: Path = _BUILD, only: Collection[str] | None = None) -> Module:
     """The kernels of a PTX text, built for this machine.
 
     Args:
         text: What `nvcc -ptx` wrote, or Triton's `asm["ptx"]`.
+        only: The entries that are wanted; all if None. The others are not looked at.
         build: Where sources and shared objects are kept, found again by their content.
 
     Raises:
@@ -272,6 +274,8 @@ def translate(text: str, build: Path = _BUILD) -> Module:
         RuntimeError: g++ failed.
     """
     module = read(text)
+    if only is not None:
+        module.entries = {name: module.entries[name] for name in only}
     source, layouts = write_module(module)
     build.mkdir(parents=True, exist_ok=True)
     headers = [(_HERE / name).read_text() for name in ("machine.h", "arithmetic.h")]

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PTX that nvcc makes of the shipped CUDA kernels, run on the CPU: no fault, the oracle's bits.
+
+Every access is checked against what the launch may touch and may write (cuda_ptx.py). `make
+gpu-emulate` runs every rule on every architecture whose PTX differs, here are some.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cuda_ptx
+import numpy as np
+import pytest
+from compiling import ROOT
+from cuda_cases import (
+    OPTIONS,
+    STORAGES,
+    Asked,
+    assert_same,
+    expected,
+    group_of,
+    row_of,
+    with_averages,
+)
+from device.machine_code import FORBIDDEN
+from device.ptx import translate
+
+from pyupdate.kernels.rules import RULES
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# One stage; three sums and a turn; scalars that prepare counts.
+SOME = {name: RULES[name] for name in ("adamw", "lamb", "nadam")}
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH to make PTX")
+
+
+def plain(text: str) -> str:
+    """PTX without what names its architecture and its compiler."""
+    return re.sub(r"^(//.*|\.version.*|\.target.*)\n", "", text, flags=re.M)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> cuda_ptx.Program:
+    folder = tmp_path_factory.mktemp("sm_90")
+    texts = cuda_ptx.all_ptx(folder, SOME, 90, range(len(STORAGES)))
+    return cuda_ptx.build(folder, SOME, texts)
+
+
+def mixed_plan(rule: str, asked: Asked, seed: int) -> tuple[list, list]:
+    """Rows of every storage, aligned and not, of no element and of more than a chunk."""
+    rng = np.random.default_rng(seed)
+    groups = [group_of(rule, storage, count=2) for storage in range(len(STORAGES))]
+    rows = [
+        row_of(rng, groups, storage, size, shift=shift, identity=(1 << 32) + size, step_bytes=wide)
+        for storage in range(len(STORAGES))
+        for size, shift, wide in ((0, 0, 4), (13, 1, 8), (1_003, 0, 0), (16_401, 0, 4))
+    ]
+    if asked.ema_weight:
+        with_averages(rng, groups, rows)
+    return groups, rows
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [*(("adamw", options) for options in OPTIONS), ("lamb", "all"), ("nadam", "all")],
+)
+def test_options_on_every_storage(program: cuda_ptx.Program, rule: str, options: str) -> None:
+    groups, rows = mixed_plan(rule, OPTIONS[options], 51)
+    found = cuda_ptx.run_steps(program, groups, rows, OPTIONS[options], order=5, blocks=7)
+    assert_same(found, expected(groups, rows, OPTIONS[options]), rows)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_many_chunks_in_any_order(program: cuda_ptx.Program, order: int) -> None:
+    rng = np.random.default_rng(52)
+    groups = [group_of("lamb", count=1)]
+    rows = [row_of(rng, groups, 0, 70_003, shift=shift) for shift in (0, 1)]
+    found = cuda_ptx.run_steps(
+        program, groups, rows, OPTIONS["clip"], order=order, blocks=1 + 5 * order
+    )
+    assert_same(found, expected(groups, rows, OPTIONS["clip"]), rows)
+
+
+def test_no_fused_or_approximate_operation(program: cuda_ptx.Program) -> None:
+    for module in (program.reduce, *program.apply.values()):
+        assert not FORBIDDEN.findall(module.text)
+
+
+# ----- faults planted in the sources, each caught by what it does
+
+PLANTED = {
+    "one element too far in the tail": (
+        "device.h",
+        "for (int i = packs * V; i < count; ++i)",
+        "for (int i = packs * V; i <= count; ++i)",
+        "out of bounds",
+    ),
+    "a shared index off by one": (
+        "sums.cuh",
+        "tree[threadIdx.x] = x;",
+        "tree[threadIdx.x + 1] = x;",
+        "out of bounds store",
+    ),
+    "a barrier in a divergent branch": (
+        "sums.cuh",
+        "tree[threadIdx.x] = x;\n  __syncthreads();",
+        "tree[threadIdx.x] = x;\n  if (threadIdx.x < 96) __syncthreads();",
+        "divergent barrier",
+    ),
+    "found_inf == 1": (
+        "finish.cuh",
+        "*request.found_inf != 0.0f",
+        "*request.found_inf == 1.0f",
+        "outcome of step 0",
+    ),
+    "a missing barrier": (
+        "sums.cuh",
+        "tree[threadIdx.x] = x;\n  __syncthreads();",
+        "tree[threadIdx.x] = x;",
+        "outcome of step 0",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_fault_planted_in_the_reduce_pass(
+    program: cuda_ptx.Program, folder: Path, what: str
+) -> None:
+    file, old, new, said = PLANTED[what]
+    path = folder / "csrc" / "cuda" / file
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    (reduce,) = cuda_ptx.all_ptx(folder, SOME, 90, [], folder / "csrc").values()
+    program = replace(program, reduce=translate(reduce, folder))
+    rng = np.random.default_rng(53)
+    groups = [group_of("adamw")]
+    rows = [row_of(rng, groups, 0, size) for size in (4_003, 17_001)]
+    asked = Asked(reduce=True, max_norm=0.1, found_inf=2.0 if what.startswith("found") else 0.0)
+    with pytest.raises(AssertionError, match=said):
+        found = cuda_ptx.run_steps(program, groups, rows, asked)
+        assert_same(found, expected(groups, rows, asked), rows)
+
+
+# ----- everything
+
+
+@pytest.mark.slow
+def test_every_rule_on_every_architecture_that_differs(tmp_path: Path) -> None:
+    rules = dict(RULES)
+    seen: set[str] = set()
+    for architecture in ARCHITECTURES:
+        folder = tmp_path / str(architecture)
+        folder.mkdir()
+        texts = cuda_ptx.all_ptx(folder, rules, architecture, range(len(STORAGES)))
+        key = "".join(plain(text) for text in texts.values())
+        if key in seen:
+            continue
+        seen.add(key)
+        assert not FORBIDDEN.findall(key)
+        program = cuda_ptx.build(folder, rules, texts)
+        for rule in rules:
+            groups, rows = mixed_plan(rule, OPTIONS["all"], 54)
+            found = cuda_ptx.run_steps(program, groups, rows, OPTIONS["all"], order=3)
+            assert_same(found, expected(groups, rows, OPTIONS["all"]), rows)
+    assert seen
