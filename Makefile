@@ -119,7 +119,7 @@ check-device: $(installed)
 
 # Every rule, storage and option of the CUDA kernels, which run here as host C++; `make test` has a part of it.
 gpu-emulate: $(installed)
-	$(bin)/python -m pytest tests/test_cuda_on_cpu.py -q
+	$(bin)/python -m pytest tests/test_cuda_on_cpu.py tests/test_cuda_ptx.py -q
 
 clean:
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
