@@ -8,6 +8,7 @@
 #   make bench    the benchmarks
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
+#   make gpu-static  registers, loads and arithmetic of every CUDA kernel's machine code (ARCHS="90", WRITE=1)
 #   make venv     only the virtual environment, to install another build of torch in it first
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +24,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu-emulate clean
+.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu-emulate gpu-static clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -120,6 +121,12 @@ check-device: $(installed)
 # Every rule, storage and option of the CUDA kernels, which run here as host C++; `make test` has a part of it.
 gpu-emulate: $(installed)
 	$(bin)/python -m pytest tests/test_cuda_on_cpu.py tests/test_cuda_ptx.py -q
+
+# What ptxas makes of every CUDA kernel; says what it skips. WRITE=1 writes the tables of docs/gpu.md.
+ARCHS ?= 80 86 89 90 100 120
+WRITE ?=
+gpu-static: $(installed)
+	cd tests && $(abspath $(bin)/python) -m device.machine_code --archs $(ARCHS) $(if $(WRITE),--write)
 
 clean:
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

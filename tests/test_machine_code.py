@@ -75,3 +75,16 @@ def test_resident_threads() -> None:
     assert machine_code.resident(Kernel("", 32, 0, 0, 0), 90) == 2048
     assert machine_code.resident(Kernel("", 32, 0, 0, 0), 120) == 1536
     assert machine_code.resident(Kernel("", 32, 33 << 10, 0, 0), 86) == 512
+
+
+def test_a_known_fault_passes_and_must_still_be_there(capsys: pytest.CaptureFixture[str]) -> None:
+    faults = [
+        machine_code.Verdict("muon 0", "fp32", 64, 0, ["32 bytes of stack", "16 of local memory"]),
+        machine_code.Verdict("adafactor 0", "fp32", 56, 0, ["16 KiB of loads in flight"]),
+    ]
+    assert machine_code.report(90, faults)
+    assert not machine_code.report(90, faults[:1])
+    assert "adafactor 0 fp32: in flight is gone" in capsys.readouterr().out
+    faults[1].faults.append("no loads of 16 bytes")
+    assert not machine_code.report(90, faults)
+    assert "no loads of 16 bytes (FAILED)" in capsys.readouterr().out
