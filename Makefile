@@ -130,5 +130,5 @@ gpu-static: $(installed)
 
 clean:
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f pyupdate/_C*.so pyupdate/_build_info.json $(installed)
+	rm -f pyupdate/_C*.so pyupdate/_cuda*.so pyupdate/_build_info.json $(installed)
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

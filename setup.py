@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds pyupdate._C with CMake, and installs without it where it cannot be built.
+"""Builds pyupdate._C with CMake, and pyupdate._cuda; installs without what cannot be built.
 
-The metadata is in pyproject.toml. Two environment variables decide about the compiled module:
+The metadata is in pyproject.toml. Of the CUDA module pyupdate/nvcc.py decides. Two environment
+variables decide about the other one:
 PYUPDATE_PURE_PYTHON=1 leaves it out, PYUPDATE_REQUIRE_COMPILED=1 turns a failed build into a failed
 install. Without them a failed build is reported on stderr and recorded in
 pyupdate/_build_info.json, which ``python -m pyupdate`` shows, and every update runs in pure Python.
@@ -28,7 +29,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # an isolated build does not look here
-from pyupdate import native  # noqa: E402
+from pyupdate import native, nvcc  # noqa: E402
 from pyupdate.native import BuildFailedError  # noqa: E402
 
 # What the package holds by a symbolic link to the repository.
@@ -41,18 +42,20 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         """Build into build/lib, or beside the sources for an editable install."""
         module = Path(self.get_ext_fullpath("pyupdate._C"))
+        cuda = Path(self.get_ext_fullpath("pyupdate._cuda"))
         record = module.with_name("_build_info.json")
         module.parent.mkdir(parents=True, exist_ok=True)
-        for stale in module.parent.glob(f"{module.name}*"):
+        for stale in (*module.parent.glob(f"{module.name}*"), *cuda.parent.glob(f"{cuda.name}*")):
             stale.unlink()
         write_record(record, reason="the build was interrupted")
         try:
             if wanted("PYUPDATE_PURE_PYTHON"):
                 raise BuildFailedError("PYUPDATE_PURE_PYTHON=1 was set when pyupdate was installed")
             built, info = self.build(module.name)
+            of_cuda = self.build_cuda(cuda)
             unfinished = module.with_name(f"{module.name}.{os.getpid()}")  # no name to import it by
             shutil.copy2(built, unfinished)
-            write_record(record, reason=None, **info)
+            write_record(record, reason=None, cuda=of_cuda, **info)
             unfinished.replace(module)
         except (BuildFailedError, OSError) as error:
             write_record(record, reason=str(error))
@@ -77,6 +80,30 @@ class BuildExtension(build_ext):
         version = native.cmake_version() or ""
         return built, {"compiler": info["compiler"], "flags": info["flags"], "cmake": version}
 
+    def build_cuda(self, place: Path) -> dict[str, Any]:
+        """Build pyupdate._cuda where it is wanted; what is recorded of that."""
+        wanted = nvcc.wanted(os.environ)
+        try:
+            if wanted.nvcc is None:
+                raise BuildFailedError(str(wanted.reason))
+            folder = Path(self.build_temp, "cmake-cuda").resolve()
+            shutil.rmtree(folder, ignore_errors=True)
+            definitions = {
+                "PYUPDATE_CUDA": "ON",
+                "PYUPDATE_CUDA_ARCHS": wanted.architectures,
+                "CMAKE_CUDA_COMPILER": wanted.nvcc,
+            }
+            built = native.build(ROOT, folder, "_cuda", definitions, target="_cuda")
+            info = native.try_module("pyupdate._cuda", built)
+            unfinished = place.with_name(f"{place.name}.{os.getpid()}")
+            shutil.copy2(built, unfinished)
+            unfinished.replace(place)
+        except (BuildFailedError, OSError) as error:
+            if wanted.required:
+                raise SystemExit(f"pyupdate: PYUPDATE_CUDA=1, but {error}") from error
+            return {"built": False, "reason": str(error)}
+        return {"built": True, "reason": None, "compiler": info["compiler"], "flags": info["flags"]}
+
     def get_source_files(self) -> list[str]:
         """Nothing: MANIFEST.in names what an sdist holds."""
         return []
@@ -84,8 +111,9 @@ class BuildExtension(build_ext):
     def get_outputs(self) -> list[str]:
         """What was really built."""
         module = Path(self.get_ext_fullpath("pyupdate._C"))
+        cuda = Path(self.get_ext_fullpath("pyupdate._cuda"))
         record = module.with_name("_build_info.json")
-        return [str(path) for path in (module, record) if path.exists()]
+        return [str(path) for path in (module, cuda, record) if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Nothing to link: an editable install has the module beside the sources."""
@@ -120,7 +148,7 @@ def wanted(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "no", "off", "false")
 
 
-def write_record(path: Path, *, reason: str | None, **build: str) -> None:
+def write_record(path: Path, *, reason: str | None, **build: Any) -> None:
     """Replace the record of the build that the doctor reads."""
     seconds = os.environ.get("SOURCE_DATE_EPOCH")  # set by whoever wants the same bytes twice
     when = datetime.datetime.fromtimestamp(float(seconds), datetime.UTC) if seconds else None
@@ -130,6 +158,7 @@ def write_record(path: Path, *, reason: str | None, **build: str) -> None:
         "compiler": build.get("compiler"),
         "flags": build.get("flags"),
         "cmake": build.get("cmake"),
+        "cuda": build.get("cuda", {"built": False, "reason": reason}),
         "python": sysconfig.get_config_var("SOABI"),
         "time": (when or datetime.datetime.now(datetime.UTC)).isoformat(timespec="seconds"),
     }

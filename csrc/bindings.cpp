@@ -11,7 +11,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
-#include "refresh.h"
+#include "plan_object.h"
 
 #ifndef PYUPDATE_MODULE_NAME
 #define PYUPDATE_MODULE_NAME _C
@@ -56,100 +56,33 @@ int64_t index_of_rule(const std::string& name) {
   throw py::value_error("no compiled rule is named '" + name + "'");
 }
 
-int64_t index_of_storage(const std::string& name) {
-  for (int i = 0; i < cpu::kStorages; ++i) {
-    if (name == passes().storages[i].name) return i;
-  }
-  throw py::value_error("no compiled storage is named '" + name + "'");
-}
-
 // ----- plans
 
-// (rule, state keys, scalar keys, whether torch counts its steps), a group each.
-using Keys = std::vector<std::string>;
-using GroupSpec = std::tuple<std::string, Keys, Keys, bool>;
+std::vector<RuleShape> shapes() {
+  std::vector<RuleShape> found;
+  for (int i = 0; i < passes().rule_count; ++i) {
+    const cpu::RuleInfo& rule = passes().rules[i];
+    found.push_back({rule.name, rule.states, rule.scalars, rule.numbers, rule.counted, rule.hypers,
+                     rule.prepare});
+  }
+  return found;
+}
 
-std::unique_ptr<Plan> make_plan(const py::handle& tensor_type, const py::list& types,
-                                const py::handle& increment_version, const py::handle& tensor_list,
-                                const std::vector<GroupSpec>& groups, const py::list& params,
-                                const std::vector<std::string>& storages,
-                                const std::vector<int32_t>& group_of,
-                                const std::vector<int32_t>& positions, bool averages) {
-  const size_t rows = params.size();
-  if (storages.size() != rows || group_of.size() != rows || positions.size() != rows) {
-    throw py::value_error("a plan needs a storage, a group and a position for each parameter");
-  }
-  Plan::Interface interface;
-  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-  interface.exchange = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
-  if (interface.exchange == nullptr) throw py::error_already_set();
-  if (interface.exchange->version.major != dlpack::kMajorVersion ||
-      interface.exchange->tensor_from_object == nullptr) {
-    throw py::value_error("this torch's DLPack exchange API is not of major version 1");
-  }
-  const py::object grad = tensor_type.attr("grad");
-  const py::object is_neg = tensor_type.attr("is_neg");
-  if (Py_TYPE(grad.ptr())->tp_descr_get == nullptr) {
-    throw py::type_error("Tensor.grad is no descriptor");
-  }
-  interface.grad = grad.ptr();
-  interface.is_neg = is_neg.ptr();
-  interface.increment_version = increment_version.ptr();
-  interface.tensor_list = tensor_list.ptr();
-  for (const py::handle type : types) {
-    if (!PyType_Check(type.ptr())) throw py::type_error("types must be types");
-    interface.types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
-  }
-  std::vector<GroupRule> rules;
-  for (const auto& [rule, keys, scalar_keys, has_step] : groups) {
-    // A group of whose parameters the plan has none may name no rule.
-    GroupRule group{rule.empty() ? 0 : index_of_rule(rule), {}, {}, has_step, rule.empty()};
-    const cpu::RuleInfo& info = passes().rules[group.rule];
-    if (!rule.empty() && (keys.size() != static_cast<size_t>(info.states) ||
-                          scalar_keys.size() != static_cast<size_t>(info.scalars))) {
-      throw py::value_error("rule '" + rule + "' was compiled with another number of states");
-    }
-    for (const std::string& key : scalar_keys) {
-      group.scalar_keys.push_back(PyUnicode_InternFromString(key.c_str()));
-    }
-    for (const std::string& key : keys) {
-      group.state_keys.push_back(PyUnicode_InternFromString(key.c_str()));
-    }
-    rules.push_back(std::move(group));
-  }
-  std::vector<PyObject*> objects;
-  std::vector<int64_t> storage;
-  for (size_t r = 0; r < rows; ++r) {
-    if (group_of[r] < 0 || static_cast<size_t>(group_of[r]) >= rules.size() || positions[r] < 0 ||
-        (r > 0 && group_of[r] < group_of[r - 1])) {
-      throw py::value_error("groups must be in order and positions not negative");
-    }
-    objects.push_back(params[r].ptr());
-    storage.push_back(index_of_storage(storages[r]));
-  }
-  return std::make_unique<Plan>(std::move(interface), std::move(rules), std::move(objects),
-                                std::move(storage), group_of, positions, averages);
+std::unique_ptr<Plan> make(const py::handle& tensor_type, const py::list& types,
+                           const py::handle& increment_version, const py::handle& tensor_list,
+                           const std::vector<GroupSpec>& groups, const py::list& params,
+                           const std::vector<std::string>& storages,
+                           const std::vector<int32_t>& group_of,
+                           const std::vector<int32_t>& positions, bool averages) {
+  Plan::Interface interface = interface_of(tensor_type, types, increment_version, tensor_list);
+  return make_plan(std::move(interface), shapes(), groups, params, storages, group_of, positions,
+                   averages);
 }
 
 using Numbers = std::vector<std::vector<double>>;
 
-// Makes a plan unusable for a second step while one runs.
-class Busy {
- public:
-  explicit Busy(Plan& plan) : plan_(plan) {
-    if (plan.busy) throw std::runtime_error("this optimizer is being stepped by another thread");
-    plan.busy = true;
-  }
-  ~Busy() { plan_.busy = false; }
-  Busy(const Busy&) = delete;
-
- private:
-  Plan& plan_;
-};
-
 Found refresh(Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers) {
-  return plan.refresh(passes(), groups.ptr(), state.ptr(), numbers);
+  return plan.refresh(groups.ptr(), state.ptr(), numbers);
 }
 
 // The GIL while a region runs: dropped at once where there is a reduce pass, else after the version
@@ -212,9 +145,6 @@ Answer answer(Found found, const Plan& plan, const cpu::Outcome& outcome) {
   return {found,           plan.noticed(),    outcome.norm, outcome.nonfinite,
           outcome.skipped, outcome.multiplier};
 }
-
-// pyupdate/pytorch/request.py's Request, in its order.
-using Wanted = std::tuple<bool, bool, bool, bool, double, double, double, double, bool, int64_t>;
 
 cpu::Request request_of(const Wanted& wanted, int threads) {
   cpu::Request request;
@@ -327,21 +257,6 @@ void apply(Plan& plan, const py::list& groups, const py::dict& state, const Numb
   run(plan, request);
 }
 
-// Lets Python's garbage collector see through a plan to the parameters.
-void collectable(PyHeapTypeObject* heap) {
-  PyTypeObject& type = heap->ht_type;
-  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
-  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-    Py_VISIT(Py_TYPE(self));
-    if (!py::detail::is_holder_constructed(self)) return 0;
-    return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
-  };
-  type.tp_clear = [](PyObject* self) {
-    if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
-    return 0;
-  };
-}
-
 std::vector<std::string> names_of_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < builds().count; ++i) names.emplace_back(builds().passes[i]->isa);
@@ -392,15 +307,10 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   m.doc() = "Compiled passes of pyupdate: plans of torch parameters, stepped on the CPU.";
   cpu::watch_for_fork();
 
-  py::enum_<Found>(m, "Found", py::module_local())
-      .value("READY", Found::kReady)
-      .value("FRESH", Found::kFresh)
-      .value("STALE", Found::kStale)
-      .value("SUSPECT", Found::kSuspect)
-      .value("OVERLAP", Found::kOverlap);
+  name_found(m);
 
-  py::class_<Plan>(m, "Plan", py::module_local(), py::custom_type_setup(collectable))
-      .def(py::init(&make_plan), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
+  py::class_<Plan>(m, "Plan", py::module_local(), py::custom_type_setup(collectable<Plan>))
+      .def(py::init(&make), py::kw_only(), py::arg("tensor_type"), py::arg("types"),
            py::arg("increment_version"), py::arg("tensor_list"), py::arg("groups"),
            py::arg("params"), py::arg("storages"), py::arg("group_of"), py::arg("positions"),
            py::arg("averages"))

@@ -7,7 +7,7 @@
 
 namespace pyupdate::dlpack {
 
-enum DeviceType : int32_t { kCpu = 1, kCudaHost = 3 };
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3 };
 enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4 };
 
 struct Version {

@@ -40,6 +40,7 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
     records_.push_back({params[r], -1});
     storages_.push_back(static_cast<uint8_t>(storages[r]));
   }
+  if (interface_.remote) histories_.assign(rows, kFresh);
   group_ends_.assign(groups_.size(), 0);
   bool whole = true;
   for (size_t r = 0; r < rows; ++r) {
@@ -92,9 +93,10 @@ GradientsHeld::~GradientsHeld() { plan_.release_grads(); }
 
 // ----- the whole plan
 
-Found Plan::refresh(const cpu::Passes& passes, PyObject* groups, PyObject* state,
+Found Plan::refresh(PyObject* groups, PyObject* state,
                     const std::vector<std::vector<double>>& numbers) {
-  const Found found = read_rows(passes, groups, state, numbers);
+  if (interface_.remote) part_written_counts();
+  const Found found = read_rows(groups, state, numbers);
   if (found != Found::kReady && found != Found::kFresh) {  // half read: the next one starts anew
     active_.clear();
     tables_.clear_rows();
@@ -108,11 +110,16 @@ Found Plan::refresh(const cpu::Passes& passes, PyObject* groups, PyObject* state
   if (written_moved_) written_apart_ = written_apart();
   if (written_moved_ || grads_moved_) grads_apart_ = grads_apart();
   if (!(written_apart_ && grads_apart_) && fingerprint() != vouched_) return Found::kOverlap;
-  fill_hypers(passes, numbers);
+  made_ = false;
+  if (interface_.remote) {
+    fill_sources(numbers);
+  } else {
+    fill_hypers(numbers);
+  }
   return found;
 }
 
-Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* state,
+Found Plan::read_rows(PyObject* groups, PyObject* state,
                       const std::vector<std::vector<double>>& numbers) {
   noticed_.clear();
   tables_.layouts.clear();
@@ -129,7 +136,7 @@ Found Plan::read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* sta
   if (PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return Found::kStale;
   if (numbers.size() != groups_.size()) return Found::kStale;
   for (size_t g = 0; g < groups_.size(); ++g) {
-    const auto wanted = static_cast<size_t>(passes.rules[groups_[g].rule].numbers);
+    const auto wanted = static_cast<size_t>(groups_[g].numbers);
     if (!groups_[g].idle && numbers[g].size() != wanted) return Found::kStale;
   }
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
@@ -252,7 +259,7 @@ void Plan::drop_rows_from(size_t k) {
   active_.resize(k);
 }
 
-void Plan::fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers) {
+void Plan::fill_hypers(const std::vector<std::vector<double>>& numbers) {
   struct Key {
     int64_t group = -1, storage = -1, step = -1;
     std::array<int64_t, kMaxScalars> counted = {};  // the bits of their values
@@ -269,7 +276,7 @@ void Plan::fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<
     while (static_cast<int32_t>(r) >= group_ends_[group]) ++group;
     Key key{static_cast<int64_t>(group), storages_[r], records_[r].counter + 1};
     double counted[kMaxScalars] = {};
-    for (int i = 0; i < passes.rules[groups_[group].rule].counted; ++i) {
+    for (int i = 0; i < groups_[group].counted; ++i) {
       const int64_t at = tables_.scalars[k * static_cast<size_t>(scalars_) + i];
       // State that is not there yet: the hypers are made again when it is.
       counted[i] = at == 0 ? 0.0 : load_scalar(at);
@@ -280,24 +287,24 @@ void Plan::fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<
           known.try_emplace(key, static_cast<int32_t>(tables_.hyper_rows.size()));
       last = key;
       index = place->second;
-      if (is_new) add_hyper_row(passes, key.group, key.storage, key.step, counted, numbers);
+      if (is_new) add_hyper_row(key.group, key.storage, key.step, counted, numbers);
     }
     tables_.rows[k].hyper = index;
   }
 }
 
-void Plan::add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
-                         const double* counted, const std::vector<std::vector<double>>& numbers) {
-  const int64_t rule = groups_[static_cast<size_t>(group)].rule;
-  const auto hypers = static_cast<size_t>(passes.rules[rule].hypers + passes.rules[rule].counted);
+void Plan::add_hyper_row(int64_t group, int64_t storage, int64_t step, const double* counted,
+                         const std::vector<std::vector<double>>& numbers) {
+  const GroupRule& rule = groups_[static_cast<size_t>(group)];
+  const auto hypers = static_cast<size_t>(rule.hypers + rule.counted);
   std::vector<double> number = numbers[static_cast<size_t>(group)];
   const double sign = number[0];
   number[0] = static_cast<double>(step);
-  number.insert(number.end(), counted, counted + passes.rules[rule].counted);
+  number.insert(number.end(), counted, counted + rule.counted);
   const size_t offset = tables_.hypers.size();
   tables_.hypers.resize(offset + hypers);
-  passes.rules[rule].prepare(number.data(), &tables_.hypers[offset]);
-  tables_.hyper_rows.push_back({rule, storage, static_cast<int64_t>(offset), step, sign});
+  rule.prepare(number.data(), &tables_.hypers[offset]);
+  tables_.hyper_rows.push_back({rule.rule, storage, static_cast<int64_t>(offset), step, sign});
 }
 
 // Says which parameter each row is, for rounding by chance.
@@ -313,7 +320,35 @@ void Plan::identify() {
 }
 
 void Plan::count_step() {
-  for (const int32_t r : active_) ++records_[static_cast<size_t>(r)].counter;
+  ++serial_;
+  for (const int32_t r : active_) {
+    ++records_[static_cast<size_t>(r)].counter;
+    if (interface_.remote) mix(&histories_[static_cast<size_t>(r)], serial_);
+  }
+}
+
+// ----- questions that a row is asked
+
+// Whether the last refresh found this parameter at this address.
+bool Plan::stands_at(size_t r, size_t k, int64_t address) const {
+  const auto width = static_cast<size_t>(tables_.width());
+  return !rows_changed_ && k < tables_.rows.size() && active_[k] == static_cast<int32_t>(r) &&
+         tables_.addresses[k * width + kParam] == address;
+}
+
+// A lazily negated view has the bytes of its opposite.
+bool Plan::is_negated(PyObject* tensor) const {
+  PyObject* negated = PyObject_CallOneArg(interface_.is_neg, tensor);
+  Py_XDECREF(negated);
+  return negated != Py_False;
+}
+
+bool Plan::any_negated(PyObject* const* tensors, size_t count) const {
+  std::vector<py::object> kept;  // asking lets go of the GIL
+  for (size_t i = 0; i < count; ++i) kept.push_back(py::reinterpret_borrow<py::object>(tensors[i]));
+  return std::any_of(kept.begin(), kept.end(), [this](const py::object& tensor) {
+    return tensor && is_negated(tensor.ptr());
+  });
 }
 
 }  // namespace pyupdate

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/run.h"
@@ -25,7 +26,9 @@ enum class Found {
 
 // One optimizer group as the rule sees it.
 struct GroupRule {
-  int64_t rule;                        // index into the module's rules
+  int64_t rule;  // index into the module's rules
+  int numbers, counted, hypers;
+  void (*prepare)(const double* number, double* hyper);  // null where the device runs it
   std::vector<PyObject*> state_keys;   // torch's keys, interned, in the rule's order
   std::vector<PyObject*> scalar_keys;  // likewise
   bool has_step;
@@ -57,6 +60,10 @@ class Plan {
     PyObject* increment_version;       // torch.autograd.graph.increment_version
     PyObject* tensor_list;             // makes a list of torch's own from tensors, or None
     std::vector<PyTypeObject*> types;  // those whose memory is theirs, no dispatching subclass
+    dlpack::Device device{dlpack::kCpu, 0};
+    // A remote plan never reads a number of a tensor: what it takes waits for a device. So it does
+    // not know its step counts, and takes no strides (see remote.cpp).
+    bool remote = false;
   };
 
   // `positions` says where in its group each parameter stands, `averages` whether each has an
@@ -70,8 +77,7 @@ class Plan {
 
   // `groups`: the optimizer's list of dicts; `state`: its dict; `numbers`: a group each, the sign
   // of the gradient and then what the rule's prepare takes.
-  Found refresh(const cpu::Passes& passes, PyObject* groups, PyObject* state,
-                const std::vector<std::vector<double>>& numbers);
+  Found refresh(PyObject* groups, PyObject* state, const std::vector<std::vector<double>>& numbers);
 
   // The row that a refresh stopped at, or that has no state yet, one by one.
   const std::vector<int64_t>& noticed() const { return noticed_; }
@@ -86,6 +92,26 @@ class Plan {
   PyObject* written() const;
   PyObject* increment_version() const { return interface_.increment_version; }
   void count_step();
+  // Of a remote plan. Where its own step counts stand on the device: an fp64 each record, for rules
+  // without torch's counter.
+  void set_counts(int64_t address) { counts_ = address; }
+  // The records whose own count must be set, and to what; the caller empties it.
+  std::vector<std::pair<int32_t, double>>& recounts() { return recounts_; }
+  // What the last refresh found absent is made now, in a first step.
+  void state_was_made(bool made) { made_ = made; }
+  int64_t count_at(size_t k) const;
+  void watch_counts();
+  // The row that a hyper row's count is read of, and the group that it belongs to.
+  struct Source {
+    int64_t row, group;
+    int64_t rows;  // how many have this hyper row
+  };
+  const std::vector<Source>& sources() const { return sources_; }
+  const GroupRule& group(int64_t g) const { return groups_[static_cast<size_t>(g)]; }
+  int64_t group_count() const { return static_cast<int64_t>(groups_.size()); }
+  int64_t record_count() const { return static_cast<int64_t>(records_.size()); }
+  const dlpack::ExchangeApi& exchange() const { return *interface_.exchange; }
+  const dlpack::Device& device() const { return interface_.device; }
   void identify();
   void settle();
   py::object to_bump() const;
@@ -94,6 +120,9 @@ class Plan {
   void clear();
 
   bool busy = false;  // a step is running: a second one would tear it
+
+  // The history of a row that has made no step. No small number: those are mixed into it.
+  static constexpr uint64_t kFresh = 0x51a3c96f8be2d407ull;
 
  private:
   struct Record {
@@ -128,7 +157,7 @@ class Plan {
     void release();
   };
 
-  Found read_rows(const cpu::Passes& passes, PyObject* groups, PyObject* state,
+  Found read_rows(PyObject* groups, PyObject* state,
                   const std::vector<std::vector<double>>& numbers);
   bool read(PyObject* object, Read* out) const;
   bool read(PyObject* object, DataType type, Read* out) const;
@@ -148,9 +177,13 @@ class Plan {
   void fetch_ahead(size_t r) const;
   void find_shared_counters();
   static int64_t version(PyObject* tensor);
-  void fill_hypers(const cpu::Passes& passes, const std::vector<std::vector<double>>& numbers);
-  void add_hyper_row(const cpu::Passes& passes, int64_t group, int64_t storage, int64_t step,
-                     const double* counted, const std::vector<std::vector<double>>& numbers);
+  void fill_hypers(const std::vector<std::vector<double>>& numbers);
+  void add_hyper_row(int64_t group, int64_t storage, int64_t step, const double* counted,
+                     const std::vector<std::vector<double>>& numbers);
+  void fill_sources(const std::vector<std::vector<double>>& numbers);
+  void part_written_counts();
+  void be_of_unknown_age(size_t r);
+  void note_history(size_t r, const GroupRule& group, PyObject* const* found);
   int64_t columns() const { return states_ + 1 + scalars_ + (averages_ ? 1 : 0); }
   int64_t itemsize(size_t k, int64_t role) const;
   Interval interval(size_t k, int64_t role) const;
@@ -190,6 +223,20 @@ class Plan {
   bool grads_moved_ = true;
   bool written_apart_ = false;
   bool grads_apart_ = false;
+  // A step counter whose rows share a hyper row: whoever writes into one of them is noticed.
+  struct Watched {
+    py::object step;
+    int64_t version;
+    uint64_t history;
+  };
+  // These are a remote plan's. Records of one history have made the same steps.
+  std::vector<uint64_t> histories_;
+  std::vector<Watched> watched_;
+  std::vector<Source> sources_;
+  std::vector<std::pair<int32_t, double>> recounts_;
+  int64_t counts_ = 0;
+  uint64_t serial_ = 0;
+  bool made_ = false;
   uint64_t vouched_ = 0;
   uint64_t listed_ = 0;  // a hash of which parameters the groups list, 0 before the first refresh
 

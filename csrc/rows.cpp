@@ -16,8 +16,11 @@ namespace pyupdate {
 
 namespace {
 
-bool in_host_memory(const dlpack::Tensor& t) {
-  return t.device.type == dlpack::kCpu || t.device.type == dlpack::kCudaHost;
+bool lies_on(const dlpack::Device& device, const dlpack::Tensor& t) {
+  if (device.type == dlpack::kCpu) {
+    return t.device.type == dlpack::kCpu || t.device.type == dlpack::kCudaHost;
+  }
+  return t.device.type == device.type && t.device.id == device.id;
 }
 
 int64_t size_of(const dlpack::Tensor& t) {
@@ -75,7 +78,7 @@ bool Plan::read(PyObject* object, Read* out) const {
   }
   const dlpack::Tensor& t = out->tensor;
   if (t.dtype.lanes != 1) return false;
-  if (!in_host_memory(t) || (t.strides == nullptr && t.ndim != 0)) return false;
+  if (!lies_on(interface_.device, t) || (t.strides == nullptr && t.ndim != 0)) return false;
   out->address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
   out->contiguous = is_contiguous(t);
   return t.data != nullptr || size_of(t) == 0;
@@ -115,6 +118,7 @@ bool Plan::read_scalar(PyObject* scalar, int64_t* tagged) const {
 // disagree.
 bool Plan::read_step(size_t r, PyObject* step, int64_t* tagged) {
   if (!read_scalar(step, tagged)) return false;
+  if (interface_.remote) return true;
   const bool is_double = (*tagged & 1) != 0;
   const double value = load_scalar(*tagged);
   int64_t& counter = records_[r].counter;
@@ -253,6 +257,7 @@ bool Plan::enter_row(Pending& pending) {
   const bool moved = !std::equal(found, found + states, held) ||
                      (averages_ && found[columns - 1] != held[columns - 1]);
   if (moved && any_negated(found, columns)) return false;
+  if (interface_.remote) note_history(r, group, found);
   for (size_t s = 0; s < states; ++s) {
     if (found[s] != held[s]) {
       // A rule without torch's counter knows its first step by the buffer that was not there.
@@ -301,6 +306,7 @@ bool Plan::enter_row(Pending& pending) {
     flat = flat && roles[role].address % (roles[role].tensor.dtype.bits / 8) == 0;
   }
   if (!flat && row.size != 0 && !add_layout(roles, present, &row)) return false;
+  if (interface_.remote && row.layout >= 0) return false;
   if (rows_changed_ || k >= tables_.rows.size() || tables_.rows[k].size != row.size ||
       active_[k] != static_cast<int32_t>(r)) {
     if (!rows_changed_) drop_rows_from(k);  // the rest of the table is written anew
@@ -370,28 +376,6 @@ bool Plan::add_layout(const Read* roles, uint32_t present, Row* row) {
     }
   }
   return true;
-}
-
-// Whether the last refresh found this parameter at this address.
-bool Plan::stands_at(size_t r, size_t k, int64_t address) const {
-  const auto width = static_cast<size_t>(tables_.width());
-  return !rows_changed_ && k < tables_.rows.size() && active_[k] == static_cast<int32_t>(r) &&
-         tables_.addresses[k * width + kParam] == address;
-}
-
-// A lazily negated view has the bytes of its opposite.
-bool Plan::is_negated(PyObject* tensor) const {
-  PyObject* negated = PyObject_CallOneArg(interface_.is_neg, tensor);
-  Py_XDECREF(negated);
-  return negated != Py_False;
-}
-
-bool Plan::any_negated(PyObject* const* tensors, size_t count) const {
-  std::vector<py::object> kept;  // asking lets go of the GIL
-  for (size_t i = 0; i < count; ++i) kept.push_back(py::reinterpret_borrow<py::object>(tensors[i]));
-  return std::any_of(kept.begin(), kept.end(), [this](const py::object& tensor) {
-    return tensor && is_negated(tensor.ptr());
-  });
 }
 
 }  // namespace pyupdate

@@ -187,8 +187,9 @@ uint64_t Plan::fingerprint() const {
 int64_t Plan::bytes() const {
   const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
   return static_cast<int64_t>(sizeof(Plan)) + of(groups_) + of(records_) + of(storages_) +
-         of(held_) + of(active_) + of(grads_) + of(written_) + of(noticed_) + of(positions_) +
-         of(group_ends_) + tables_.bytes() + (kept_ ? kept_count_ * kBytesOfKept : 0) +
+         of(held_) + of(histories_) + of(active_) + of(grads_) + of(written_) + of(noticed_) +
+         of(positions_) + of(group_ends_) + tables_.bytes() +
+         (kept_ ? kept_count_ * kBytesOfKept : 0) +
          (bumped_ ? PyList_GET_SIZE(bumped_.ptr()) * int64_t{sizeof(PyObject*)} : 0);
 }
 
@@ -223,7 +224,7 @@ void Plan::settle() {
 // State that pyupdate makes shares one version counter (pytorch/rows.py), so one bump serves all of
 // it. Which tensors share is seen by bumping one and looking which counters moved.
 void Plan::find_shared_counters() {
-  constexpr int kCounters = 4;  // as many first steps as may have made the state
+  constexpr int kCounters = 8;  // two for each of so many first steps as may have made the state
   bumped_ = py::object();
   const auto columns = static_cast<size_t>(this->columns());
   std::vector<PyObject*> open;
@@ -288,6 +289,7 @@ void Plan::clear() {
   active_.clear();
   group_ends_.assign(groups_.size(), 0);
   tables_.clear_rows();
+  watched_.clear();
   kept_ = bumped_ = py::object();
   for (PyObject* object : objects) Py_XDECREF(object);
 }

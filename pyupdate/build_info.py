@@ -25,3 +25,14 @@ def reason_not_compiled() -> str | None:
     if not info:
         return "not built: install the package with pip, or run `make` in a checkout"
     return None if info.get("compiled") else str(info.get("reason") or "the build gave no reason")
+
+
+def reason_no_cuda() -> str | None:
+    """Why the install has no CUDA module, None if it has one or nobody knows."""
+    info = build_info()
+    if not info:
+        return reason_not_compiled()
+    found = info.get("cuda") or {}
+    if found.get("built"):
+        return None
+    return f"not built: {found.get('reason') or 'the build gave no reason'}"

@@ -33,7 +33,14 @@ class BuildFailedError(Exception):
     """A compiled module could not be built; the text is the reason."""
 
 
-def build(source: Path, folder: Path, module: str, definitions: Mapping[str, str]) -> Path:
+def build(
+    source: Path,
+    folder: Path,
+    module: str,
+    definitions: Mapping[str, str],
+    *,
+    target: str | None = None,
+) -> Path:
     """Configure and build one extension module.
 
     Args:
@@ -41,6 +48,7 @@ def build(source: Path, folder: Path, module: str, definitions: Mapping[str, str
         folder: of the build; should be empty.
         module: the name of the module.
         definitions: what CMake is told besides, by the names of CMakeLists.txt.
+        target: the module's, where it is another one than that of the CPU passes.
 
     Returns:
         The module's file, in `folder`.
@@ -59,14 +67,15 @@ def build(source: Path, folder: Path, module: str, definitions: Mapping[str, str
     configure = [
         *(cmake, "-S", str(source)),
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DPYUPDATE_MODULE={module}",
+        *(() if target else (f"-DPYUPDATE_MODULE={module}",)),
         *(f"-D{name}={value}" for name, value in definitions.items()),
     ]
     ninja = tool("ninja", "BIN_DIR")
     if ninja is not None:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     execute([*configure, "-B", str(folder)])
-    execute([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
+    only = ("--target", target) if target else ()
+    execute([cmake, "--build", str(folder), *only, "--parallel", str(os.cpu_count() or 1)])
     built = sorted(folder.glob(f"{module}.*"))
     if not built:
         raise BuildFailedError(f"the build made no {module}")

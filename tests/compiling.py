@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
@@ -112,12 +113,7 @@ class Build:
     def module(self) -> ModuleType:
         """The extension, loaded from where it was built."""
         (path,) = self.folder.glob(f"{TOY_MODULE}.*so")
-        spec = importlib.util.spec_from_file_location(TOY_MODULE, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return load_module(TOY_MODULE, path)
 
     @cached_property
     def objects(self) -> dict[str, Path]:
@@ -147,3 +143,37 @@ def build_toys(folder: Path) -> Build:
     )
     run(cmake, "--build", folder)
     return Build(folder)
+
+
+# ----- the modules of tests/device
+
+DEVICE_FOLDER = ROOT / "build" / "cuda_on_cpu"
+"""Kept between runs: the kernels of every rule take a minute."""
+
+
+def device_module(name: str) -> ModuleType:
+    """A module of tests/device/CMakeLists.txt, built where it is not as its sources."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    DEVICE_FOLDER.mkdir(parents=True, exist_ok=True)
+    with (DEVICE_FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
+        run(
+            cmake,
+            *("-S", ROOT, "-B", DEVICE_FOLDER, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+            f"-DCMAKE_CXX_COMPILER={compiler()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            "-DPYUPDATE_CUDA_ON_CPU=ON",
+        )
+        run(cmake, "--build", DEVICE_FOLDER, "--target", name, "--parallel", "2")
+        (path,) = DEVICE_FOLDER.glob(f"{name}.*so")
+        return load_module(name, path)
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """An extension, loaded from where it was built."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from compiling import Build, build_toys
+from compiling import Build, build_toys, device_module
 
 import pyupdate
 from pyupdate.backends import BACKENDS, available
@@ -92,6 +92,18 @@ def backend_of_case(request: pytest.FixtureRequest) -> Iterator[None]:
 def toy_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """The CMake build of the toy rules; the test is skipped where there is no compiler."""
     return build_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="session")
+def cuda_module() -> Any:
+    """pyupdate._cuda over its very kernels, run on the CPU; skipped where there is no compiler."""
+    return device_module("_cuda_on_cpu")
+
+
+@pytest.fixture(scope="session")
+def recorded_module() -> Any:
+    """pyupdate._cuda without kernels; skipped where there is no compiler."""
+    return device_module("_cuda_recorded")
 
 
 @pytest.fixture

@@ -59,7 +59,8 @@ def test_an_explicit_choice_by_environment(name, compiled, monkeypatch):
 def test_an_unknown_name_in_the_environment_names_the_known(monkeypatch):
     monkeypatch.setenv("PYUPDATE_BACKEND", "gpu")
     expected = (
-        "PYUPDATE_BACKEND: no back end is named 'gpu'; there are: auto, triton, cpu, reference"
+        "PYUPDATE_BACKEND: no back end is named 'gpu'; there are: "
+        "auto, cuda, triton, cpu, reference"
     )
     with pytest.raises(ValueError) as refused:
         step_of()
@@ -182,9 +183,9 @@ def test_contexts_nest_and_are_restored(compiled, monkeypatch):
 def test_an_unknown_name_is_refused_at_once():
     with (
         pytest.raises(
-            ValueError, match=r"use_backend: no back end is named 'cuda'.*auto, triton, cpu"
+            ValueError, match=r"use_backend: no back end is named 'gpu'.*auto, cuda, triton, cpu"
         ),
-        pyupdate.use_backend("cuda"),
+        pyupdate.use_backend("gpu"),
     ):
         pytest.fail("entered")
     assert backends.choice() in ("auto", os.environ.get("PYUPDATE_BACKEND", "auto"))
@@ -323,13 +324,14 @@ def test_a_parameter_on_another_device_goes_to_reference(compiled, caplog):
         with pyupdate.use_backend("reference"):
             assert backends.backend_for("cpu").name == "reference"
     # Who asks for no back end is told which one the device lacks; nothing else was missing.
-    reason = dict(backends.available())["triton"]
-    said = f"back end 'triton' cannot run here, falling back: {reason}"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    lacks = {name: reason for name, reason in backends.available() if name in ("cuda", "triton")}
+    said = [f"back end '{n}' cannot run here, falling back: {why}" for n, why in lacks.items()]
+    assert [record.getMessage() for record in caplog.records] == said
 
 
 def test_available_names_every_back_end_with_its_reason(compiled):
     found = dict(backends.available())
-    assert list(found) == ["triton", "cpu", "reference"]
+    assert list(found) == ["cuda", "triton", "cpu", "reference"]
+    assert found["cuda"] is None or any(w in found["cuda"] for w in ("not built", "CUDA device"))
     assert found["cpu"] is None and found["reference"] is None
     assert found["triton"] is None or "triton" in found["triton"] or "GPU" in found["triton"]

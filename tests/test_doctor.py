@@ -71,7 +71,8 @@ def answer(folder: Path, **environment: str) -> dict[str, Any]:
 
 def reasons(found: dict[str, Any]) -> dict[str, str | None]:
     """Of the back ends that are for CPU tensors; what a GPU's lacks is another machine's matter."""
-    return {row["name"]: row["reason"] for row in found["backends"] if row["name"] != "triton"}
+    gpus = ("cuda", "triton")
+    return {row["name"]: row["reason"] for row in found["backends"] if row["name"] not in gpus}
 
 
 def test_the_back_end_in_force_is_the_one_that_steps(backend: str) -> None:

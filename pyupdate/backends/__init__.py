@@ -54,6 +54,7 @@ class Backend:
 REFERENCE = Backend("reference", ".reference", (), "pure Python on torch tensors, any device")
 
 BACKENDS = (
+    Backend("cuda", ".cuda", ("cuda",), "compiled CUDA passes"),
     Backend("triton", ".triton", ("cuda", "xpu"), "Triton kernels on a GPU"),
     Backend("cpu", ".cpu", ("cpu",), "compiled C++ passes"),
     REFERENCE,
@@ -78,7 +79,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Step on one back end inside a ``with`` block.
 
     Args:
-        name: "triton", "cpu", "reference" or "auto".
+        name: "cuda", "triton", "cpu", "reference" or "auto".
 
     Raises:
         ValueError: no back end has this name.

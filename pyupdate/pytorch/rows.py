@@ -79,16 +79,30 @@ class Inputs:
 
     groups: list[Group]
     state: State
-    numbers: list[list[float]]
+    given: Sequence[Sequence[float | torch.Tensor]]
     """A group each: the sign of the gradient, then what the rule's prepare takes."""
     state_dtype: torch.dtype | None = None
     """The option of that name."""
     averages: bool = False
     """Whether each parameter has an average of itself beside its state: the option `ema_decay`."""
 
+    @cached_property
+    def numbers(self) -> list[list[float]]:
+        """What is given, as numbers; waits for a device that holds one of them."""
+        return [list(map(float, group)) for group in self.given]
+
 
 def numbers_of(rule: Rule, group: Group) -> list[float]:
     """The sign of the gradient and the rule's numbers, read from a group.
+
+    Raises:
+        ValueError: one is not there, or no number.
+    """
+    return list(map(float, given_by(rule, group)))
+
+
+def given_by(rule: Rule, group: Group) -> list[float | torch.Tensor]:
+    """What `numbers_of` reads, with a tensor of one float32 or float64 left as it is.
 
     A number that the group lacks is an element of a tuple: ``beta1`` is ``betas[0]``.
 
@@ -96,13 +110,11 @@ def numbers_of(rule: Rule, group: Group) -> list[float]:
         ValueError: it is not there, or no number.
     """
     sign = -1.0 if group.get("maximize", False) else 1.0
-    numbers = [sign]
+    numbers: list[float | torch.Tensor] = [sign]
     for name in rule.numbers:
         try:
-            if name in group:
-                numbers.append(float(group[name]))
-            else:
-                numbers.append(float(group[f"{name[:-1]}s"][int(name[-1]) - 1]))
+            found = group[name] if name in group else group[f"{name[:-1]}s"][int(name[-1]) - 1]
+            numbers.append(found if _is_number_of_a_tensor(found) else float(found))
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             key = name if name in group else f"{name[:-1]}s" if name[-1:].isdigit() else name
             found = repr(group[key]) if key in group else "missing"
@@ -112,6 +124,12 @@ def numbers_of(rule: Rule, group: Group) -> list[float]:
             )
             raise ValueError(message) from error
     return numbers
+
+
+def _is_number_of_a_tensor(value: object) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
 
 
 def rows_of(
@@ -196,7 +214,7 @@ def mend_row(row: Row, rule: GroupRule, inputs: Inputs) -> bool:
         mended = True
     inner = inputs.state.get(row.param)
     if inner and isinstance(inner.get("step"), int | float):
-        inner["step"] = _new_scalar(float(inner["step"]))
+        inner["step"] = _new_scalar(float(inner["step"]), row.param.device)
         mended = True
     for key in rule.rule.scalars:
         value = inner.get(key) if inner else None
@@ -239,10 +257,11 @@ def make_state(
     What is there already stays; what is made is listed in `made`, to be taken back after a failure.
 
     What is made in one go shares one autograd version counter, so that a step bumps it once
-    instead of once a tensor (20 to 40 ns each). A counter that moves too often is harmless:
-    autograd refuses a graph that saved one of these tensors if any of them was written since.
+    instead of once a tensor (20 to 40 ns each), step counts and scalars another one. A counter that
+    moves too often is harmless: autograd refuses a graph that saved one of these tensors if any of
+    them was written since.
     """
-    counted = torch.zeros(())
+    counters: dict[tuple[torch.device, bool], torch.Tensor] = {}
     for row in rows:
         rule = rules[row.group]
         inner = inputs.state[row.param]
@@ -256,14 +275,18 @@ def make_state(
             values[AVERAGE] = like.copy_(row.param.detach())
         for key, value in values.items():
             made.append((row.param, key))
-            inner[key] = _count_with(counted, value.detach())
+            kind = row.param.device, key == "step" or key in rule.rule.scalars
+            if kind not in counters:
+                counters[kind] = torch.zeros((), device=row.param.device)
+            inner[key] = _count_with(counters[kind], value.detach())
 
 
 def _state_of(row: Row, rule: GroupRule, inputs: Inputs) -> dict[str, torch.Tensor]:
     numbers = dict(zip(rule.rule.numbers, inputs.numbers[row.group][1:], strict=True))
-    made = {"step": _new_scalar(0.0)} if rule.counts_steps else {}
+    device = row.param.device
+    made = {"step": _new_scalar(0.0, device)} if rule.counts_steps else {}
     for key, initial in rule.rule.scalars.items():
-        made[key] = _new_scalar(numbers[initial] if isinstance(initial, str) else initial)
+        made[key] = _new_scalar(numbers[initial] if isinstance(initial, str) else initial, device)
     for key, initial in rule.rule.state.items():
         dtype = states.dtype_for(row.param, inputs.state_dtype)
         values = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
@@ -284,7 +307,7 @@ def _count_with(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return alias
 
 
-def _new_scalar(value: float) -> torch.Tensor:
+def _new_scalar(value: float, device: torch.device) -> torch.Tensor:
     """A step count or another scalar of a parameter, of the type that torch gives its own."""
     wide = torch.get_default_dtype() is torch.float64
-    return torch.tensor(value, dtype=torch.float64 if wide else torch.float32)
+    return torch.full((), value, dtype=torch.float64 if wide else torch.float32, device=device)

@@ -20,7 +20,7 @@ from ..backends import cpu as cpu_backend
 from ..options import LastUpdate, Options
 from .plan import Plan
 from .request import NormNotFinite, Scaling
-from .rows import GroupRule, Inputs, OptimizerRow, Stale, numbers_of, rows_of
+from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of
 
 Closure = Callable[[], Any]
 
@@ -333,7 +333,7 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
         if known is None:
             known = engine.rules[rule.name] = GroupRule(rule, row.counts_steps)
         rules.append(known)
-    numbers = [numbers_of(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
+    numbers = [given_by(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
     options = options_of(optimizer)
     averages = options.ema_decay is not None
     return rules, Inputs(groups, optimizer.state, numbers, options.state_dtype, averages)

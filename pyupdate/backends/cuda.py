@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CUDA back end: a step is launches alone, and never waits for the device.
+
+The compiled plan (csrc/cuda/module.cpp) re-reads every pointer at every step and asks for its
+tables to be sent where one moved. Multiplier, skip, step counts and hypers are made on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from ..kernels.language import Rule
+from ..kernels.rules import RULES
+from ..options import LastUpdate
+from ..pytorch.checks import STORAGES, is_dense
+from ..pytorch.request import Request, Scaling
+from ..pytorch.rows import (
+    AVERAGE,
+    GroupRule,
+    Inputs,
+    Row,
+    Stale,
+    check_all_memory,
+    check_row,
+    make_state,
+    mend_row,
+)
+from . import AUTO, say_once
+
+_DLPACK = {"cpu": 1, "cuda": 2}
+_OUTCOME = 3
+"""Doubles of launch.h's Outcome: norm, multiplier, and two floats that share the last."""
+_FOUND_INF, _SKIPPED = 4, 5
+"""Their places, counted in floats."""
+_FLAG = slice(4, 8)
+"""Where the device's own memory says, in bytes, that a reduce pass met an inf or nan."""
+
+
+def why_not() -> str | None:
+    """The reason why this back end cannot run, None if it can."""
+    try:
+        module = _module()
+    except ImportError as error:
+        from ..build_info import reason_no_cuda
+
+        return reason_no_cuda() or f"the compiled module does not load: {error}"
+    reason = module.why_no_device()
+    if reason:
+        return f"no CUDA device: {reason}"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return f"torch {torch.__version__} has no DLPack C exchange API; it came with torch 2.10"
+    return None
+
+
+def _module() -> Any:
+    from .. import _cuda
+
+    return _cuda
+
+
+@cache
+def _digests(module: Any) -> dict[str, str]:
+    """Of the texts of the rules that it was compiled from."""
+    found: dict[str, str] = module.digests()
+    return found
+
+
+def home(row: Row, rule: Rule, chosen: str) -> torch.device | None:
+    """The device of a row; None where it must be left to ``reference``.
+
+    Raises:
+        RuntimeError: the rule is not compiled, and this back end was `chosen` by name; or it was
+            compiled from another text.
+    """
+    compiled = _digests(_module()).get(rule.name)
+    if compiled is not None and compiled != rule.digest and RULES.get(rule.name) is rule:
+        message = (
+            f"rule '{rule.name}' was changed since pyupdate._cuda was compiled: run make install "
+            "again (or step on the back end 'reference', which runs the text as it is)"
+        )
+        raise RuntimeError(message)
+    if compiled != rule.digest:
+        if chosen != AUTO:
+            message = (
+                f"back end 'cuda' was chosen, but rule '{rule.name}' is not compiled: "
+                "choose 'auto' or 'reference'"
+            )
+            raise RuntimeError(message)
+        say_once("cuda", f"rule '{rule.name}' is not compiled")
+        return None
+    return row.param.device if _is_plain(row.param) else None
+
+
+def part(
+    rows: Sequence[Row], rules: Sequence[GroupRule], home: torch.device, averages: bool
+) -> Part:
+    """The part of the rows on one device."""
+    return Part(rows, rules, home, averages, _module())
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the kernels, which know no strides, can take its memory as it lies."""
+    return is_dense(tensor) and tensor.data_ptr() % tensor.element_size() == 0
+
+
+class Part:
+    """The rows of a plan on one device."""
+
+    reads_scaling = True
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        rules: Sequence[GroupRule],
+        device: torch.device,
+        averages: bool,
+        module: Any,
+    ) -> None:
+        self.rows = rows
+        self._rules = rules
+        self._device = device
+        self._found = module.Found
+        self._tables = torch.empty(0, dtype=torch.uint8, device=device)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._counts = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        stepped = {row.group for row in rows}
+        types = {torch.Tensor, torch.nn.Parameter, *(type(row.param) for row in rows)}
+        self._plan = module.Plan(
+            device=(_DLPACK[device.type], device.index or 0),
+            tensor_type=torch.Tensor,
+            types=list(types),
+            increment_version=increment_version,
+            tensor_list=getattr(torch._C, "ScriptList", None),
+            groups=[
+                (rule.rule.name, list(rule.rule.state), list(rule.rule.scalars), rule.counts_steps)
+                if g in stepped
+                else ("", [], [], False)
+                for g, rule in enumerate(rules)
+            ],
+            params=[row.param for row in rows],
+            storages=[STORAGES[row.param.dtype] for row in rows],
+            group_of=[row.group for row in rows],
+            positions=[row.position for row in rows],
+            averages=averages,
+        )
+        self._plan.set_counts(self._counts.data_ptr())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tables, on the host and on the device."""
+        tensors = (self._tables, self._scratch, self._counts)
+        return int(self._plan.nbytes()) + sum(t.numel() * t.element_size() for t in tensors)
+
+    # ----- one step -----------------------------------------------------------------------------
+
+    def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
+        """The whole step; None, and nothing done, where it must be made in parts.
+
+        That is a mean over micro-batches whose number is no power of two, of gradients that a
+        scaler has scaled: then the scale is read, because only a division has the right bits.
+        """
+        if scaling.scale is not None and math.frexp(scaling.divisor)[0] != 0.5:
+            return None
+        request = request._replace(unscale=request.unscale / scaling.divisor)
+        scale, flag = scaling.scale_on(self._device), scaling.found_on(self._device)
+        outcome = self._new_outcome()
+        places = (outcome.data_ptr(), _address(scale), _address(flag))
+        numbers, number_at = self._numbers(inputs)
+        made: list[tuple[torch.Tensor, str]] = []
+        try:
+            while True:
+                found, noticed = self._plan.step(
+                    inputs.groups, inputs.state, numbers, number_at, request, places, self._send
+                )
+                if found == self._found.READY:
+                    break
+                if found == self._found.FRESH:
+                    self._make_state(noticed, inputs, made)
+                else:
+                    self._settle(found, noticed, inputs)
+        except BaseException:
+            self._plan.state_was_made(False)
+            for param, key in made:
+                inputs.state[param].pop(key, None)
+            raise
+        can_skip = request.skip or request.finite_norm or flag is not None
+        scaled = scaling.check or scaling.scale is not None
+        return LastUpdate(
+            (lambda: float(outcome[0])) if request.reduce else None,
+            (lambda: bool(_floats(outcome)[_SKIPPED] != 0.0)) if can_skip else False,
+            lambda: float(outcome[1]),
+            flag=_floats(outcome)[_FOUND_INF] if scaled else None,
+        )
+
+    def _make_state(
+        self, rows: Sequence[int], inputs: Inputs, made: list[tuple[torch.Tensor, str]]
+    ) -> None:
+        """Of a first step, which may yet be skipped: zeros, and a step count of 0."""
+        if self._plan.capturing():
+            self._refuse_capture(f"the state of '{self.rows[rows[0]].name}' is not made yet")
+        self._plan.state_was_made(True)
+        make_state([self.rows[r] for r in rows], self._rules, inputs, made)
+
+    def check(self, inputs: Inputs) -> list[int]:
+        """Refuse what is not right; the rows that have a gradient and no state yet."""
+        while True:
+            found, noticed = self._plan.check(inputs.groups, inputs.state, self._numbers(inputs)[0])
+            if found in (self._found.READY, self._found.FRESH):
+                return list(noticed)
+            self._settle(found, noticed, inputs)
+
+    def state_was_made(self) -> None:
+        """Tell it that what the last check found absent is made now, in its first step."""
+        self._plan.state_was_made(True)
+
+    def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
+        """After a `check`: whether an inf or nan was found, and what each row adds to the norm.
+
+        Waits for the device: a norm over several devices is made on the host.
+        """
+        active = self._plan.active()
+        if not active:
+            return False, {}
+        outcome = self._new_outcome()
+        numbers, number_at = self._numbers(inputs)
+        begin = self._plan.reduce(
+            inputs.groups,
+            inputs.state,
+            numbers,
+            number_at,
+            request,
+            (outcome.data_ptr(), 0, 0),
+            self._send,
+        )
+        sums = self._scratch[begin : begin + 8 * len(active)].view(torch.float64).tolist()
+        flag = self._scratch[_FLAG]
+        nonfinite = any(flag.tolist())
+        flag.zero_()
+        return nonfinite, dict(zip(active, sums, strict=True))
+
+    def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
+        """After a `check` that found all state: write."""
+        if not self._plan.active():
+            return
+        outcome = self._new_outcome()
+        numbers, number_at = self._numbers(inputs)
+        self._plan.apply(
+            inputs.groups,
+            inputs.state,
+            numbers,
+            number_at,
+            request,
+            multiplier,
+            (outcome.data_ptr(), 0, 0),
+            self._send,
+        )
+
+    def _new_outcome(self) -> torch.Tensor:
+        """A step's own, so that what was left of the one before can still be read."""
+        return torch.empty(_OUTCOME, dtype=torch.float64, device=self._device)
+
+    def _numbers(self, inputs: Inputs) -> tuple[list[list[float]], list[list[int]]]:
+        """The groups' numbers, and where one stands on the device, to be read there."""
+        values: list[list[float]] = []
+        places: list[list[int]] = []
+        for group in inputs.given:
+            at = [_place_on(self._device, number) for number in group]
+            places.append(at if any(at) else [])
+            values.append([0.0 if a else float(n) for a, n in zip(at, group, strict=True)])
+        return values, places
+
+    # ----- what is sent -------------------------------------------------------------------------
+
+    def _send(
+        self,
+        table_bytes: int,
+        scratch_bytes: int,
+        begin: int,
+        end: int,
+        capturing: bool,
+        moved: str,
+        record: int,
+        counts: Sequence[tuple[int, float]],
+    ) -> tuple[int, int]:
+        """Bring the bytes from `begin` to `end` of the tables to the device, in its order.
+
+        Returns:
+            The addresses of the tables and of the device's own memory.
+        """
+        if capturing:
+            whose = f" of '{self.rows[record].name}'" if record >= 0 else ""
+            self._refuse_capture(f"{moved or 'a step count'}{whose} is another one")
+        if table_bytes > self._tables.numel():
+            self._tables = torch.empty(table_bytes, dtype=torch.uint8, device=self._device)
+            begin, end = 0, table_bytes
+        if scratch_bytes > self._scratch.numel():
+            self._scratch = torch.zeros(scratch_bytes, dtype=torch.uint8, device=self._device)
+        for first, last, count in _runs(counts):
+            self._counts[first:last].fill_(count)
+        if end > begin:
+            # Torch keeps pinned memory until the copy is made.
+            pinned = self._device.type == "cuda"
+            staging = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pinned)
+            self._plan.copy(staging.data_ptr(), begin, end)
+            self._tables[begin:end].copy_(staging, non_blocking=True)
+        return self._tables.data_ptr(), self._scratch.data_ptr()
+
+    def _refuse_capture(self, what: str) -> None:
+        message = (
+            f"while a CUDA graph is captured nothing can be sent to the device, but {what}: step "
+            "before the capture with everything in place (zero_grad(set_to_none=False) keeps the "
+            "gradients where they are; an lr that changes must be a tensor on the device)"
+        )
+        raise RuntimeError(message)
+
+    # ----- what is not plainly right ------------------------------------------------------------
+
+    def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
+        """Say what is wrong, or mend it, or vouch that it is right after all."""
+        if found == self._found.OVERLAP:
+            check_all_memory(self.rows, self._rules, inputs)
+            self._plan.vouch()
+        elif found == self._found.SUSPECT:
+            row = self.rows[noticed[0]]
+            if self._mend(row, inputs):
+                for other in self.rows:  # mostly the others are alike
+                    self._mend(other, inputs)
+                return
+            check_row(row, self._rules[row.group], inputs)
+            raise Stale(row.name)
+        else:
+            message = "the optimizer's parameters"
+            raise Stale(message)
+
+    def _mend(self, row: Row, inputs: Inputs) -> bool:
+        """Put into plain memory of the device what is not; no value changes."""
+        rule = self._rules[row.group]
+        mended = mend_row(row, rule, inputs)
+        param, grad = row.param, row.param.grad
+        if grad is None:
+            return mended
+        if _can_lie_like(grad, param) and not _lies_like(grad, param):
+            param.grad = _copied_like(param, grad.detach())
+            mended = True
+        inner = inputs.state.get(param) or {}
+        for key in (*(("step",) if rule.counts_steps else ()), *rule.rule.scalars):
+            value = inner.get(key)
+            if isinstance(value, torch.Tensor) and value.device != param.device:
+                inner[key] = value.to(param.device)
+                mended = True
+        for key in (*rule.rule.state, AVERAGE):
+            value = inner.get(key)
+            if not isinstance(value, torch.Tensor) or not _can_lie_like(value, param):
+                continue
+            if not _lies_like(value, param):
+                inner[key] = _copied_like(param, value)
+                mended = True
+        return mended
+
+
+def _floats(outcome: torch.Tensor) -> torch.Tensor:
+    return outcome.view(torch.float32)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _place_on(device: torch.device, number: float | torch.Tensor) -> int:
+    """The address of a number that is there, with 1 added where it is float64; else 0."""
+    if isinstance(number, float) or number.device != device:
+        return 0
+    return number.data_ptr() + (number.dtype is torch.float64)
+
+
+def _runs(counts: Sequence[tuple[int, float]]) -> list[tuple[int, int, float]]:
+    """Neighbours of one value as (first, behind the last, value), in order: the last one wins."""
+    runs: list[tuple[int, int, float]] = []
+    for r, count in counts:
+        if runs and runs[-1][1:] == (r, count):
+            runs[-1] = (runs[-1][0], r + 1, count)
+        else:
+            runs.append((r, r + 1, count))
+    return runs
+
+
+def _can_lie_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.shape == param.shape
+        and tensor.device == param.device
+    )
+
+
+def _lies_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+    """Whether an element stands in the same place, at an address that its type may have."""
+    strides = zip(tensor.shape, tensor.stride(), param.stride(), strict=True)
+    same = all(a == b for n, a, b in strides if n > 1) or tensor.numel() == 0
+    return same and tensor.data_ptr() % tensor.element_size() == 0
+
+
+def _copied_like(param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=param.device)
+    return made.copy_(tensor)
