@@ -8,6 +8,7 @@
 #   make bench    the benchmarks
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
+#   make gpu      all that waits for a GPU: tests on it, sanitizers, graphs, benchmarks (RESULTS=folder); makes no .venv
 #   make gpu-static  registers, loads and arithmetic of every CUDA kernel's machine code (ARCHS="90", WRITE=1)
 #   make venv     only the virtual environment, to install another build of torch in it first
 PYTHON ?= python3
@@ -24,7 +25,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu-emulate gpu-static clean
+.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -117,6 +118,12 @@ check-device: $(installed)
 	then set -ex; $(bin)/python tests/device/triton_compile.py; \
 	  $(bin)/python -m pytest -m 'not slow' tests/test_triton.py $(PYTEST); \
 	else echo "check-device: SKIPPED the Triton kernels: triton is not installed, and pip could not install $(TRITON)"; fi
+
+# On the day that there is a GPU, with a Python that has torch, numpy, pybind11 and pytest: PYTHON=... chooses it. One JSON
+# and one SVG go to RESULTS. Without a GPU it says so and succeeds.
+RESULTS ?= build/gpu
+gpu:
+	$(PYTHON) benchmarks/gpu.py --results "$(RESULTS)"
 
 # Every rule, storage and option of the CUDA kernels, which run here as host C++; `make test` has a part of it.
 gpu-emulate: $(installed)

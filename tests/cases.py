@@ -423,6 +423,17 @@ HANDS = (
 
 # ----- storages ----------------------------------------------------------------------------------
 
+WHOLE_TENSOR = (
+    Case("lars", pyupdate.optim.LARS, {"lr": 0.125, "momentum": 0.0, "weight_decay": 0.1}),
+    Case("lars_momentum", pyupdate.optim.LARS, {"lr": 0.125, "momentum": 0.9, "nesterov": True}),
+    Case("lamb", pyupdate.optim.LAMB, {"lr": 0.125, "weight_decay": 0.1}),
+    Case("novograd", pyupdate.optim.NovoGrad, {"lr": 0.125, "weight_decay": 0.1}),
+    Case("stable_adamw", pyupdate.optim.StableAdamW, {"lr": 0.125}),
+    Case("schedulefree_adamw", pyupdate.optim.ScheduleFreeAdamW, {"lr": 0.01}),
+)
+"""Rules that no row of CASES has, for tests that compare back ends: what they come to is said by
+test_layerwise.py and test_schedulefree.py."""
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

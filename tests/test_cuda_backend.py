@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from bits import assert_same_bits
-from cases import CASES, DTYPES, FULL, OTHERS, Case
+from cases import CASES, DTYPES, FULL, OTHERS, WHOLE_TENSOR, Case
 from device_on_cpu import cuda_on_cpu
 from torch import nn
 from ways import plan_of
@@ -116,7 +116,7 @@ def trained(
 # ----- rules and options --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*CASES, *OTHERS], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *OTHERS, *WHOLE_TENSOR], ids=str)
 def test_every_rule(case, on_cuda, compiled):
     assert_same_run(trained(case, max_norm=0.7), on_cuda)
 
@@ -135,6 +135,21 @@ def test_every_rule(case, on_cuda, compiled):
 )
 def test_every_option(case, options, on_cuda, compiled):
     assert_same_run(trained(case, **options), on_cuda)
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_what_finishes_outside_a_rule(name, on_cuda, compiled):
+    def run() -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(7)
+        params = [nn.Parameter(torch.randn(n, 6, generator=generator)) for n in (4, 6, 9)]
+        optimizer = getattr(pyupdate.optim, name)(params, lr=0.01, max_norm=0.5)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        return facts(optimizer), optimizer
+
+    assert_same_run(run, on_cuda)
 
 
 def test_maximize_has_the_sign_of_its_group(on_cuda, compiled):
