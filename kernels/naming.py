@@ -29,6 +29,7 @@ _NOT_A_NAME = {
 }
 _CAPITAL = re.compile(r"[A-Z]")
 _RESERVED = re.compile(r"_[A-Z]|.*__")
+_CUDA = re.compile(r"cuda[A-Z]")
 
 # What a rule's struct in C++ already holds: kernels/emit_cpp.py.
 _MEMBERS = re.compile(r"prepare|stage\d+")
@@ -41,6 +42,8 @@ def why_not_a_name(name: str) -> str | None:
         why = "begins with a capital, as macros and types of C++ do"
     elif _RESERVED.match(name):
         why = "is reserved in C++ (a double underscore, or one before a capital)"
+    elif _CUDA.match(name):
+        why = "begins as names of CUDA do"
     elif not name.isascii():
         why = "is not plain ASCII"
     return why and f"'{name}' {why}: choose another name"

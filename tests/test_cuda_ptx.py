@@ -65,9 +65,13 @@ def mixed_plan(rule: str, asked: Asked, seed: int) -> tuple[list, list]:
     return groups, rows
 
 
+# What options do is also shown of the sources (test_cuda_on_cpu.py), where a case takes a tenth.
+OFTEN = [("adamw", "plain"), ("adamw", "all"), ("lamb", "all"), ("nadam", "all")]
+REST = [(rule, options) for rule in SOME for options in OPTIONS if (rule, options) not in OFTEN]
+
+
 @pytest.mark.parametrize(
-    ("rule", "options"),
-    [*(("adamw", options) for options in OPTIONS), ("lamb", "all"), ("nadam", "all")],
+    ("rule", "options"), [*OFTEN, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
 )
 def test_options_on_every_storage(program: cuda_ptx.Program, rule: str, options: str) -> None:
     groups, rows = mixed_plan(rule, OPTIONS[options], 51)

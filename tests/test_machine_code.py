@@ -15,7 +15,7 @@ FAULTS = {
     "fused": ["fma.rn.f32 in the PTX", "1 FFMA/DFMA, 0 for its divisions and roots"],
     "approximate": ["div.approx.f32 in the PTX", "1 MUFU, 0 for its divisions and roots"],
     "local": ["256 bytes of stack, 0 of spills", "accesses of local memory"],
-    "narrow": ["no loads of 16 bytes"],
+    "narrow": ["no loads of 16 bytes", "no stores of 16 bytes"],
     "few_bytes": ["24 KiB of loads in flight"],
     "many_registers": ["registers"],
 }
@@ -26,7 +26,9 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, machine_code
     if missing := machine_code.missing_tools():
         pytest.skip(f"no {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("planted")
-    found = machine_code.examine("planted", PLANTED, [], 89, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine_code, "WRITING", {f"{kernel} 0" for kernel in FAULTS})
+        found = machine_code.examine("planted", PLANTED, [], 89, folder)
     return {verdict.label.removesuffix(" 0"): verdict for verdict in found}
 
 

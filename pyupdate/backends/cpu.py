@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from ..kernels.language import Rule
 from ..kernels.rules import RULES
 from ..native import passes_digest
 from ..options import LastUpdate
-from ..pytorch.checks import STORAGES
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
 from . import AUTO, say_once
+from .compiled import plan_of
 
 ISA_VARIABLE = "PYUPDATE_ISA"
 
@@ -142,25 +141,7 @@ class Part:
         self._threads = torch.get_num_threads
         self._found = module.Found
         self._ready = module.Found.READY
-        stepped = {row.group for row in rows}
-        types = {torch.Tensor, torch.nn.Parameter, *(type(row.param) for row in rows)}
-        self._plan = module.Plan(
-            tensor_type=torch.Tensor,
-            types=list(types),
-            increment_version=increment_version,
-            tensor_list=getattr(torch._C, "ScriptList", None),
-            groups=[
-                (rule.rule.name, list(rule.rule.state), list(rule.rule.scalars), rule.counts_steps)
-                if g in stepped
-                else ("", [], [], False)
-                for g, rule in enumerate(rules)
-            ],
-            params=[row.param for row in rows],
-            storages=[STORAGES[row.param.dtype] for row in rows],
-            group_of=[row.group for row in rows],
-            positions=[row.position for row in rows],
-            averages=averages,
-        )
+        self._plan = plan_of(module, rows, rules, averages)
 
     @property
     def nbytes(self) -> int:

@@ -13,12 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from ..kernels.language import Rule
 from ..kernels.rules import RULES
 from ..options import LastUpdate
-from ..pytorch.checks import STORAGES, is_dense
+from ..pytorch.checks import is_dense
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import (
     AVERAGE,
@@ -32,6 +31,7 @@ from ..pytorch.rows import (
     mend_row,
 )
 from . import AUTO, say_once
+from .compiled import plan_of
 
 _DLPACK = {"cpu": 1, "cuda": 2}
 _OUTCOME = 3
@@ -131,25 +131,8 @@ class Part:
         self._tables = torch.empty(0, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._counts = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        stepped = {row.group for row in rows}
-        types = {torch.Tensor, torch.nn.Parameter, *(type(row.param) for row in rows)}
-        self._plan = module.Plan(
-            device=(_DLPACK[device.type], device.index or 0),
-            tensor_type=torch.Tensor,
-            types=list(types),
-            increment_version=increment_version,
-            tensor_list=getattr(torch._C, "ScriptList", None),
-            groups=[
-                (rule.rule.name, list(rule.rule.state), list(rule.rule.scalars), rule.counts_steps)
-                if g in stepped
-                else ("", [], [], False)
-                for g, rule in enumerate(rules)
-            ],
-            params=[row.param for row in rows],
-            storages=[STORAGES[row.param.dtype] for row in rows],
-            group_of=[row.group for row in rows],
-            positions=[row.position for row in rows],
-            averages=averages,
+        self._plan = plan_of(
+            module, rows, rules, averages, device=(_DLPACK[device.type], device.index or 0)
         )
         self._plan.set_counts(self._counts.data_ptr())
 

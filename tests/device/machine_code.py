@@ -35,6 +35,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyupdate.kernels.rules import RULES
+
 from .sass import Kernel, kernels
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,10 @@ THREADS = 256
 MOST_REGISTERS = {"fp32": 64}
 MOST_REGISTERS_OTHERWISE = 128
 LEAST_IN_FLIGHT = 32 << 10
+# Rule and stage, where it writes elements; the others leave only sums.
+WRITING = {
+    f"{name} {k}" for name, rule in RULES.items() for k, s in enumerate(rule.stages) if s.writes
+}
 # CUDA C++ Programming Guide, technical specifications: threads and KiB of shared memory that a
 # multiprocessor holds. Each block takes 1 KiB more than it asks for.
 MULTIPROCESSORS = {
@@ -196,10 +202,11 @@ def judge(kernel: Kernel, ptx: str, allowed: Kernel, architecture: int) -> Verdi
     if storage:
         if kernel.registers > MOST_REGISTERS.get(storage, MOST_REGISTERS_OTHERWISE):
             faults.append(f"{kernel.registers} registers")
-        writes = kernel.count("STG") > 0 and kernel.wide("STG") > 0
         if kernel.wide("LDG") == 0:
             faults.append("no loads of 16 bytes")
-        if writes and storage == "fp32" and in_flight < LEAST_IN_FLIGHT:
+        if label in WRITING and kernel.wide("STG") == 0:
+            faults.append("no stores of 16 bytes")
+        if kernel.wide("STG") > 0 and storage == "fp32" and in_flight < LEAST_IN_FLIGHT:
             faults.append(f"{in_flight >> 10} KiB of loads in flight")
     return Verdict(label, storage, kernel.registers, in_flight, faults)
 
@@ -267,9 +274,8 @@ def report(architecture: int, verdicts: Sequence[Verdict]) -> bool:
     gone = set(open_here)
     for each in verdicts:
         for fault in each.faults:
-            known = [
-                key for key in OPEN if key[:2] == (each.label, each.storage) and key[2] in fault
-            ]
+            own = (each.label, each.storage)
+            known = [key for key in open_here if key[:2] == own and key[2] in fault]
             gone -= set(known)
             said = f"known: {open_here[known[0]]}" if known else "FAILED"
             print(f"sm_{architecture} {each.label} {each.storage}: {fault} ({said})")
