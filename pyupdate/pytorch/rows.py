@@ -114,7 +114,8 @@ def given_by(rule: Rule, group: Group) -> list[float | torch.Tensor]:
     for name in rule.numbers:
         try:
             found = group[name] if name in group else group[f"{name[:-1]}s"][int(name[-1]) - 1]
-            numbers.append(found if _is_number_of_a_tensor(found) else float(found))
+            is_ready = type(found) is float or _is_number_of_a_tensor(found)
+            numbers.append(found if is_ready else float(found))
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             key = name if name in group else f"{name[:-1]}s" if name[-1:].isdigit() else name
             found = repr(group[key]) if key in group else "missing"
