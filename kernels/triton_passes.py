@@ -4,9 +4,10 @@
 A launch takes all rows of one (rule, storages, alignment), whatever their number, from int64 tables
 on the device: a program is one chunk of one row. What a step does with them:
 
-    reduce_pass   (triton_reduce.py; where a norm or a finite check is asked for)
-    finish        (triton_tail.py; one program)     norm, multiplier, skip, hypers
-    apply_pass    the rule's stage;  between two stages `turn_rows` (triton_tail.py)
+    reduce_pass   (triton_reduce.py)    norm and finite check; multiplier, skip, hypers
+    or prepare_pass, where neither is asked for        multiplier, skip, hypers alone
+    apply_pass    each of the rule's stages, and the turn behind it
+
 
 The numeric contract: compile with ``enable_fp_fusion=False``; division and square root are the
 bound texts' `div_rn` and `sqrt_rn`; sums follow triton_order.py.
@@ -26,47 +27,33 @@ import triton
 import triton.language as tl
 
 from .bind import bind
-from .reduction import CHUNK as _CHUNK
 from .rules import averaged, clipped
+from .triton_layout import (
+    AVERAGE,
+    CHUNK,
+    CLASS,
+    CLASS_HYPERS,
+    CLASS_SIGN,
+    CLASS_STEP,
+    CLIP_VALUE,
+    EMA_WEIGHT,
+    FIRST_CHUNK,
+    HYPER,
+    IDENTITY,
+    MULTIPLIER,
+    PER_TENSOR,
+    SCALARS,
+    SEED,
+    SIZE,
+    SKIP,
+    STEP,
+    WIDTH,
+    loaded,
+    stored_at,
+)
 from .triton_order import store_number, tree_of_lanes
 from .triton_rounding import by_chance, draw, key_of
-
-CHUNK = tl.constexpr(_CHUNK)
-
-# Columns of the table of rows: the roles, the average, then these.
-AVERAGE = tl.constexpr(6)
-SIZE = tl.constexpr(7)
-FIRST_CHUNK = tl.constexpr(8)
-CLASS = tl.constexpr(9)
-STEP = tl.constexpr(10)
-SCALARS = tl.constexpr(11)
-IDENTITY = tl.constexpr(13)
-WIDTH = tl.constexpr(14)
-
-# What a step asks for, in fp64; the seed is an int64 in the place of one.
-UNSCALE = tl.constexpr(0)
-DIVISOR = tl.constexpr(1)
-MAX_NORM = tl.constexpr(2)
-CLIP_VALUE = tl.constexpr(3)
-EMA_WEIGHT = tl.constexpr(4)
-SKIP_NONFINITE = tl.constexpr(5)
-FINITE_NORM = tl.constexpr(6)
-SEED = tl.constexpr(7)
-REQUEST = tl.constexpr(8)
-
-# What a step finds, in fp64.
-MULTIPLIER = tl.constexpr(0)
-SKIP = tl.constexpr(1)
-NORM = tl.constexpr(2)
-
-# What a stage takes and gives, as one number each: a role, or these and an index.
-HYPER = tl.constexpr(100)
-PER_TENSOR = tl.constexpr(200)
-
-# A class has its step count, sign and hypers; behind them the counted scalars' new values.
-CLASS_STEP = tl.constexpr(0)
-CLASS_SIGN = tl.constexpr(1)
-CLASS_HYPERS = tl.constexpr(2)
+from .triton_tail import is_last, turn_row
 
 clipped_of = bind(clipped, "triton")
 averaged_of = bind(averaged, "triton")
@@ -82,31 +69,6 @@ def block_of(bytes_each: tuple[int, ...], sums: bool) -> tuple[int, int]:
         threads = min(512, 2048 * max(bytes_each) // 16)
         return 2048, threads // 32
     return 256 * 16 // max(bytes_each), 8
-
-
-@triton.jit
-def loaded(address, place, inside, stored: tl.constexpr, aligned: tl.constexpr):
-    """What is stored, in its own type; 0 outside."""
-    pointer = address.to(tl.pointer_type(stored))
-    if aligned:
-        pointer = tl.multiple_of(pointer, 16)
-    if inside is None:
-        values = tl.load(pointer + place)
-    else:
-        values = tl.load(pointer + place, inside, other=0.0)
-    return values
-
-
-@triton.jit
-def stored_at(address, place, values, inside, stored: tl.constexpr, aligned: tl.constexpr):
-    """Store values of that type."""
-    pointer = address.to(tl.pointer_type(stored))
-    if aligned:
-        pointer = tl.multiple_of(pointer, 16)
-    if inside is None:
-        tl.store(pointer + place, values)
-    else:
-        tl.store(pointer + place, values, inside)
 
 
 # ----- apply -------------------------------------------------------------------------------------
@@ -199,11 +161,16 @@ def apply_pass(
     result,
     sums,
     per_tensor,
+    tickets,
     total_chunks,
     text: tl.constexpr,
     takes: tl.constexpr,
     gives: tl.constexpr,
-    first_sum: tl.constexpr,
+    sum_indices: tl.constexpr,
+    turn_text: tl.constexpr,
+    turn_takes: tl.constexpr,
+    turn_gives: tl.constexpr,
+    ends: tl.constexpr,
     counted: tl.constexpr,
     class_width: tl.constexpr,
     per_tensor_width: tl.constexpr,
@@ -219,7 +186,8 @@ def apply_pass(
     """Make one stage of a rule on one chunk.
 
     The chunks go backwards: what the reduce pass has read last is still in the cache. The first
-    chunk of a row also advances its step and counted scalars.
+    chunk of a row also advances its step and counted scalars. A stage that `ends` leaves
+    sums or has a turn, made with the last of a row's chunks to be done.
     """
     if tl.load(result + SKIP) == 0.0:
         compute: tl.constexpr = tl.float64 if param == tl.float64 else tl.float32
@@ -315,7 +283,7 @@ def apply_pass(
         if len(lanes) > 0:
             left_at = tl.load(row + FIRST_CHUNK) + chunk
             for k in tl.static_range(len(lanes)):
-                column = total_chunks.to(tl.int64) * (first_sum + k)
+                column = total_chunks.to(tl.int64) * sum_indices[k]
                 tl.store(sums + column + left_at, tree_of_lanes(lanes[k], False))
         if stage == 0:
             first = chunk == 0
@@ -323,3 +291,18 @@ def apply_pass(
             for k in tl.static_range(counted):
                 value = tl.load(own + (class_width - counted + k))
                 store_number(tl.load(row + SCALARS + k), value, first)
+        if ends:
+            chunks = max((tl.load(row + SIZE) + (CHUNK - 1)) // CHUNK, 1)
+            if is_last(tickets + r, chunks):
+                turn_row(
+                    row,
+                    own,
+                    sums,
+                    per_tensor + r * per_tensor_width,
+                    total_chunks,
+                    chunks,
+                    turn_text,
+                    turn_takes,
+                    turn_gives,
+                    sum_indices,
+                )

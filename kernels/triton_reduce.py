@@ -12,22 +12,13 @@ import triton.language as tl
 
 from .bind import bind
 from .rules import magnitude, nonfinite, squared
+from .triton_layout import CHUNK, FIRST_CHUNK, SIZE, WIDTH, loaded
 from .triton_order import joined, tree_of_lanes
-from .triton_passes import CHUNK, DIVISOR, FIRST_CHUNK, SIZE, UNSCALE, WIDTH, loaded
+from .triton_tail import decide, is_last, prepare_class, unscale_of
 
 squared_of = bind(squared, "triton")
 magnitude_of = bind(magnitude, "triton")
 nonfinite_of = bind(nonfinite, "triton")
-
-
-@triton.jit
-def unscale_of(request, scale, is_scaled: tl.constexpr):
-    """What gradients are multiplied by before the norm, in fp64; 1 / scale as torch rounds it."""
-    unscale = tl.load(request + UNSCALE)
-    if is_scaled:
-        inverse = 1.0 / tl.load(scale).to(tl.float64)
-        unscale = inverse.to(tl.float32).to(tl.float64) * unscale
-    return unscale / tl.load(request + DIVISOR)
 
 
 @triton.jit
@@ -65,22 +56,42 @@ def lanes_of(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_chunks", "total_rows", "class_count"])
 def reduce_pass(
     rows,
     work,
+    chunk_of,
+    first_chunks,
     request,
     scale,
+    found,
     sums,
     flags,
+    row_sums,
+    ticket,
+    result,
+    class_table,
+    numbers,
+    classes,
+    total_chunks,
+    total_rows,
+    class_count,
+    prepare: tl.constexpr,
+    number_count: tl.constexpr,
+    counted: tl.constexpr,
+    results: tl.constexpr,
+    class_width: tl.constexpr,
     grad: tl.constexpr,
     aligned: tl.constexpr,
     is_inf_norm: tl.constexpr,
     is_scaled: tl.constexpr,
+    is_found: tl.constexpr,
+    decides: tl.constexpr,
 ):
     """Sum the squares of a chunk of unscaled gradients, or find their largest magnitude.
 
-    Whether an inf or nan is among them is looked for only where that is not finite.
+    Whether an inf or nan is among them is looked for only where that is not finite. Of a rule's
+    launches the last one also makes its classes; the last launch of all `decides`.
     """
     compute: tl.constexpr = tl.float64 if grad == tl.float64 else tl.float32
     item = tl.load(work + tl.program_id(0))
@@ -98,8 +109,95 @@ def reduce_pass(
         total = tree_of_lanes(lanes, False)
     at = tl.load(row + FIRST_CHUNK) + chunk
     tl.store(sums + at, total)
-    found = 0.0
+    flag = 0.0
     if total - total != 0.0:
         bad = lanes_of(address, count, unscale, nonfinite_of, grad, aligned, False)
-        found = tree_of_lanes(bad, False).to(tl.float32)
-    tl.store(flags + at, found)
+        flag = tree_of_lanes(bad, False).to(tl.float32)
+    tl.store(flags + at, flag)
+    if prepare is not None:
+        for c in range(tl.program_id(0), class_count, tl.num_programs(0)):
+            prepare_class(
+                c.to(tl.int64),
+                class_table,
+                numbers,
+                classes,
+                prepare,
+                number_count,
+                counted,
+                results,
+                class_width,
+            )
+    if decides:
+        # The launches before this one are over: it alone counts its programs.
+        if is_last(ticket, tl.num_programs(0)):
+            decide(
+                chunk_of,
+                sums,
+                flags,
+                row_sums,
+                first_chunks,
+                total_chunks,
+                total_rows,
+                request,
+                scale,
+                found,
+                result,
+                True,
+                is_inf_norm,
+                is_scaled,
+                is_found,
+            )
+
+
+@triton.jit
+def prepare_pass(
+    request,
+    scale,
+    found,
+    result,
+    class_table,
+    numbers,
+    classes,
+    prepare: tl.constexpr,
+    number_count: tl.constexpr,
+    counted: tl.constexpr,
+    results: tl.constexpr,
+    class_width: tl.constexpr,
+    is_scaled: tl.constexpr,
+    is_found: tl.constexpr,
+    decides: tl.constexpr,
+):
+    """What `reduce_pass` does beside reading gradients, in a step that does not read them first.
+
+    A program is one class of a rule.
+    """
+    if decides:
+        if tl.program_id(0) == 0:
+            decide(
+                None,
+                None,
+                None,
+                None,
+                None,
+                0,
+                0,
+                request,
+                scale,
+                found,
+                result,
+                False,
+                False,
+                is_scaled,
+                is_found,
+            )
+    prepare_class(
+        tl.program_id(0).to(tl.int64),
+        class_table,
+        numbers,
+        classes,
+        prepare,
+        number_count,
+        counted,
+        results,
+        class_width,
+    )

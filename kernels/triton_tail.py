@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between the passes in Triton, in fp64, on the device: nobody waits for a number.
+"""What follows a sweep in Triton, in fp64, on the device: nobody waits for a number.
 
-`finish` comes after the reduce pass (alone where there is none). Its first program joins the
-chunks' sums and makes the multiplier and the skip; each runs a rule's prepare for one class of
-rows. A class is what rows of one group have in common that were stepped alike: their step count
-and scalars.
-A launch of its own, instead of the last program of the reduce pass: launches of a stream follow
-each other, so no ticket, no fence and nothing that has to be reset; it costs some 3 us.
-
-`turn_rows` is one program a row between two stages: it joins what the stage has left and runs the
-rule's turn.
+The last program of the reduce pass to arrive joins the chunks' sums and makes multiplier and skip
+(`decide`); the last one of a row joins what a stage has left and runs the rule's turn (`turn_row`).
+`prepare_class` runs a rule's prepare for one class of rows. A class is what rows of one group have
+in common that were stepped alike: their step count and scalars.
 """
 
 from __future__ import annotations
@@ -19,40 +14,63 @@ import triton.language as tl
 
 from .bind import bind
 from .rules import multiplier as multiplier_text
-from .triton_order import joined, load_number, store_number, tree_in_place
-from .triton_passes import (
-    CLASS,
+from .triton_layout import (
+    CLASS_COLUMNS,
+    CLASS_GROUP,
     CLASS_HYPERS,
+    CLASS_SCALARS_AT,
     CLASS_SIGN,
     CLASS_STEP,
+    CLASS_STEP_AT,
+    DIVISOR,
     FINITE_NORM,
     FIRST_CHUNK,
     HYPER,
     MAX_NORM,
     MULTIPLIER,
     NORM,
+    NUMEL,
     PER_TENSOR,
+    SCALAR,
     SCALARS,
     SIZE,
     SKIP,
     SKIP_NONFINITE,
-    WIDTH,
+    UNSCALE,
 )
-from .triton_reduce import unscale_of
+from .triton_order import joined, load_number, store_number, tree_in_place
 
 multiplier_of = bind(multiplier_text, "triton scalar")
 
-# Columns of the table of classes that the device reads: where the numbers before the step stand.
-CLASS_GROUP = tl.constexpr(0)
-CLASS_STEP_AT = tl.constexpr(1)
-CLASS_SCALARS_AT = tl.constexpr(2)
-CLASS_COLUMNS = tl.constexpr(4)
-
-# What a turn takes and gives beside hypers and per-tensor numbers.
-SCALAR = tl.constexpr(300)
-NUMEL = tl.constexpr(400)
-
 WIDE = tl.constexpr(1024)  # elements of a sweep of the one program
+
+
+@triton.jit
+def is_last(ticket, programs):
+    """Whether this program is the last of so many to come here; then it sees what all have written.
+
+    All that a program's threads wrote is ordered before its atomic addition by the barrier, and
+    the addition releases it to the device; the last addition acquires what the others released,
+    because each of them has changed the one number that it reads. A barrier that Triton puts behind
+    it, to tell all threads the result, orders their loads behind it. (In the PTX: bar.sync,
+    atom.global.gpu.acq_rel, bar.sync.) The ticket is left at 0; the next launch finds it so.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = before == programs - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
+def unscale_of(request, scale, is_scaled: tl.constexpr):
+    """What gradients are multiplied by before the norm, in fp64; 1 / scale as torch rounds it."""
+    unscale = tl.load(request + UNSCALE)
+    if is_scaled:
+        inverse = 1.0 / tl.load(scale).to(tl.float64)
+        unscale = inverse.to(tl.float32).to(tl.float64) * unscale
+    return unscale / tl.load(request + DIVISOR)
 
 
 @triton.jit
@@ -91,8 +109,8 @@ def joined_rows(chunk_of, sums, row_sums, rows, total_chunks, total_rows, is_lar
     return tree_in_place(row_sums, 0, total_rows, is_largest, WIDE)
 
 
-@triton.jit(do_not_specialize=["total_chunks", "total_rows"])
-def finish(
+@triton.jit
+def decide(
     chunk_of,
     sums,
     flags,
@@ -104,57 +122,51 @@ def finish(
     scale,
     found,
     result,
-    class_table,
-    numbers,
-    classes,
-    prepare: tl.constexpr,
-    number_count: tl.constexpr,
-    number_width: tl.constexpr,
-    counted: tl.constexpr,
-    results: tl.constexpr,
-    class_width: tl.constexpr,
-    is_first: tl.constexpr,
     reduces: tl.constexpr,
     is_inf_norm: tl.constexpr,
     is_scaled: tl.constexpr,
     is_found: tl.constexpr,
 ):
-    """Norm, multiplier and skip (once a step), and the hypers of one rule's classes.
+    """Norm, multiplier and skip of a step; by one program."""
+    taken = unscale_of(request, scale, is_scaled)
+    norm = -1.0
+    skip = 0.0
+    if is_found:
+        skip = tl.where(tl.load(found) != 0.0, 1.0, 0.0)
+    if reduces:
+        total = joined_rows(
+            chunk_of, sums, row_sums, first_chunks, total_chunks, total_rows, is_inf_norm
+        )
+        norm = total if is_inf_norm else tl.sqrt(total)
+        bad = tl.zeros((WIDE,), tl.float32)
+        for start in range(0, total_chunks, WIDE):
+            c = start + tl.arange(0, WIDE)
+            bad += tl.load(flags + c, c < total_chunks, other=0.0)
+        is_bad = tl.max(bad, 0) != 0.0
+        taken = multiplier_of(norm, taken, tl.load(request + MAX_NORM))
+        unwanted = is_bad & (tl.load(request + SKIP_NONFINITE) != 0.0)
+        unwanted |= (norm - norm != 0.0) & (tl.load(request + FINITE_NORM) != 0.0)
+        skip = tl.where(unwanted, 1.0, skip)
+    tl.store(result + NORM, norm)
+    tl.store(result + MULTIPLIER, taken)
+    tl.store(result + SKIP, skip)
 
-    `results` says of each of prepare's where it goes in a class.
-    """
-    if is_first:
-        if tl.program_id(0) == 0:
-            taken = unscale_of(request, scale, is_scaled)
-            skip = 0.0
-            if is_found:
-                skip = tl.where(tl.load(found) != 0.0, 1.0, 0.0)
-            if reduces:
-                total = joined_rows(
-                    chunk_of,
-                    sums,
-                    row_sums,
-                    first_chunks,
-                    total_chunks,
-                    total_rows,
-                    is_inf_norm,
-                )
-                norm = total if is_inf_norm else tl.sqrt(total)
-                bad = tl.zeros((WIDE,), tl.float32)
-                for start in range(0, total_chunks, WIDE):
-                    c = start + tl.arange(0, WIDE)
-                    bad += tl.load(flags + c, c < total_chunks, other=0.0)
-                is_bad = tl.max(bad, 0) != 0.0
-                taken = multiplier_of(norm, taken, tl.load(request + MAX_NORM))
-                unwanted = is_bad & (tl.load(request + SKIP_NONFINITE) != 0.0)
-                unwanted |= (norm - norm != 0.0) & (tl.load(request + FINITE_NORM) != 0.0)
-                skip = tl.where(unwanted, 1.0, skip)
-                tl.store(result + NORM, norm)
-            tl.store(result + MULTIPLIER, taken)
-            tl.store(result + SKIP, skip)
-    c = tl.program_id(0).to(tl.int64)
+
+@triton.jit
+def prepare_class(
+    c,
+    class_table,
+    numbers,
+    classes,
+    prepare: tl.constexpr,
+    number_count: tl.constexpr,
+    counted: tl.constexpr,
+    results: tl.constexpr,
+    class_width: tl.constexpr,
+):
+    """Make the hypers of a rule's class `c`; `results` says of each of prepare's where it goes."""
     own = class_table + c * CLASS_COLUMNS
-    of_group = numbers + tl.load(own + CLASS_GROUP) * number_width
+    of_group = numbers + tl.load(own + CLASS_GROUP) * (1 + number_count)
     step = load_number(tl.load(own + CLASS_STEP_AT)) + 1.0
     arguments = (step,)
     for k in tl.static_range(number_count):
@@ -172,52 +184,46 @@ def finish(
         tl.store(to + results[k], tl.to_tensor(made[k]).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["total_chunks"])
-def turn_rows(
-    rows,
-    classes,
-    result,
+@triton.jit
+def turn_row(
+    row,
+    own,
     sums,
-    per_tensor,
+    numbers,
     total_chunks,
+    chunks,
     turn: tl.constexpr,
     takes: tl.constexpr,
     gives: tl.constexpr,
     sum_indices: tl.constexpr,
-    class_width: tl.constexpr,
-    per_tensor_width: tl.constexpr,
 ):
-    """Between two stages, a row: adds its chunks and runs the rule's turn on the sums."""
-    if tl.load(result + SKIP) == 0.0:
-        r = tl.program_id(0).to(tl.int64)
-        row = rows + r * WIDTH
-        own = classes + tl.load(row + CLASS) * class_width
-        size = tl.load(row + SIZE)
-        chunks = max((size + 16383) // 16384, 1)
-        at = per_tensor + r * per_tensor_width
-        for k in tl.static_range(len(sum_indices)):
-            begin = total_chunks.to(tl.int64) * sum_indices[k] + tl.load(row + FIRST_CHUNK)
-            tl.store(at + sum_indices[k], tree_in_place(sums, begin, chunks, False, WIDE))
-        tl.debug_barrier()
-        if turn is not None:
-            arguments = ()
-            for k in tl.static_range(len(takes)):
-                if takes[k] == NUMEL:
-                    value = size.to(tl.float64)
-                elif takes[k] >= SCALAR:
-                    value = load_number(tl.load(row + SCALARS + (takes[k] - SCALAR)))
-                elif takes[k] >= PER_TENSOR:
-                    value = tl.load(at + (takes[k] - PER_TENSOR))
-                else:
-                    value = tl.load(own + (CLASS_HYPERS + takes[k] - HYPER))
-                arguments = arguments + (value,)
-            if len(gives) == 1:
-                made = (turn(*arguments),)
+    """After a stage: add a row's chunks and run the rule's turn on the sums.
+
+    `own` is the row's class, `numbers` are its own per-tensor numbers.
+    """
+    for k in tl.static_range(len(sum_indices)):
+        begin = total_chunks.to(tl.int64) * sum_indices[k] + tl.load(row + FIRST_CHUNK)
+        tl.store(numbers + sum_indices[k], tree_in_place(sums, begin, chunks, False, WIDE))
+    tl.debug_barrier()
+    if turn is not None:
+        arguments = ()
+        for k in tl.static_range(len(takes)):
+            if takes[k] == NUMEL:
+                value = tl.load(row + SIZE).to(tl.float64)
+            elif takes[k] >= SCALAR:
+                value = load_number(tl.load(row + SCALARS + (takes[k] - SCALAR)))
+            elif takes[k] >= PER_TENSOR:
+                value = tl.load(numbers + (takes[k] - PER_TENSOR))
             else:
-                made = turn(*arguments)
-            for k in tl.static_range(len(gives)):
-                value = tl.to_tensor(made[k]).to(tl.float64)
-                if gives[k] >= SCALAR:
-                    store_number(tl.load(row + SCALARS + (gives[k] - SCALAR)), value, True)
-                else:
-                    tl.store(at + (gives[k] - PER_TENSOR), value)
+                value = tl.load(own + (CLASS_HYPERS + takes[k] - HYPER))
+            arguments = arguments + (value,)
+        if len(gives) == 1:
+            made = (turn(*arguments),)
+        else:
+            made = turn(*arguments)
+        for k in tl.static_range(len(gives)):
+            value = tl.to_tensor(made[k]).to(tl.float64)
+            if gives[k] >= SCALAR:
+                store_number(tl.load(row + SCALARS + (gives[k] - SCALAR)), value, True)
+            else:
+                tl.store(numbers + (gives[k] - PER_TENSOR), value)

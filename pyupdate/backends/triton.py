@@ -2,9 +2,9 @@
 """The Triton back end: a step on a GPU without a compiler of ours, and without waiting for it.
 
 A step reads every address anew and compares; where none moved, nothing is sent and the step is
-launches alone (`triton_tables.py`): reduce where a norm or a finite check is asked for, finish,
-apply. The multiplier, the skip and what follows from the step count are made on the device, so
-`LastUpdate` reads them when it is asked. Triton itself is imported when a plan is made.
+launches alone (`triton_tables.py`): reduce where a norm or a finite check is asked for, else
+prepare; then apply. The multiplier, the skip and what follows from the step count are made on the
+device, so `LastUpdate` reads them when it is asked. Triton itself is imported when a plan is made.
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ class Part:
             return None
         tables = self._ready(inputs, request, scaling.unscale, scaling.divisor)
         scale, found = scaling.scale_on(self._device), scaling.found_on(self._device)
-        if request.reduce:
-            tables.reduce(request, scale)
-        result = tables.finish(request, scale, found, reduces=request.reduce)
+        reduces = request.reduce
+        result = tables.reduce(request, scale, found) if reduces else tables.prepare(scale, found)
         tables.apply(request, result)
         self._bump()
         return LastUpdate(
@@ -182,8 +181,7 @@ class Part:
         if self._tables is None:
             self._make_tables(inputs)
         tables = self._ready(inputs, request, request.unscale, 1.0)
-        tables.reduce(request, None)
-        tables.finish(request, None, None, reduces=True)
+        tables.reduce(request, None, None)
         flags, sums = tables.found()
         return flags, dict(zip(self._active, sums, strict=True))
 
@@ -191,8 +189,7 @@ class Part:
         """After a `check` that found all state: write."""
         if self._active:
             tables = self._ready(inputs, request, multiplier, 1.0)
-            result = tables.finish(request, None, None, reduces=False)
-            tables.apply(request, result)
+            tables.apply(request, tables.prepare(None, None))
             self._bump()
         self._made = frozenset()
 

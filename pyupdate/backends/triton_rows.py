@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of the Triton back end, and its columns as kernels/triton_passes.py counts them."""
+"""A row of the Triton back end, and its columns as kernels/triton_layout.py counts them."""
 
 from __future__ import annotations
 

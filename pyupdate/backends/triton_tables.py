@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from ..kernels import triton_forms, triton_passes, triton_reduce, triton_tail
+from ..kernels import triton_forms, triton_layout, triton_passes, triton_reduce
 from ..pytorch.request import Request
 from .triton_rows import Entry, chunks_of
 
 _OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
-_REQUEST = triton_passes.REQUEST.value
-_WIDTH = triton_passes.WIDTH.value
-_COLUMNS = triton_tail.CLASS_COLUMNS.value
+_REQUEST = triton_layout.REQUEST.value
+_WIDTH = triton_layout.WIDTH.value
 
 
 @dataclass
@@ -53,6 +52,8 @@ class _Launch:
     rows: Any = None
     work: Any = None
     per_tensor: Any = None
+    tickets: Any = None
+    """A row each: how many of its chunks are done; 0 between launches."""
     chunks: int = 0
 
 
@@ -98,6 +99,7 @@ class Tables:
         self._sums = self._doubles(sums * self.total_chunks)
         self._row_sums = self._doubles(self.total_rows)
         self._flags = torch.zeros(max(1, self.total_chunks), device=device)
+        self._ticket = self._tickets(1)
         self._begin_numbers()
 
     # ----- tables -------------------------------------------------------------------------------
@@ -139,6 +141,7 @@ class Tables:
         for launch in self._launches:
             launch.rows, launch.work = next(views), next(views)
             launch.per_tensor = self._doubles(len(launch.entries) * launch.of.form.per_tensor)
+            launch.tickets = self._tickets(len(launch.entries))
         for of in self._rules.values():
             of.class_table = next(views)
             of.classes = self._doubles(len(of.keys) * of.form.class_width)
@@ -154,11 +157,15 @@ class Tables:
     def _doubles(self, n: int) -> torch.Tensor:
         return torch.zeros(max(2, n), dtype=torch.float64, device=self.device)
 
+    def _tickets(self, n: int) -> torch.Tensor:
+        return torch.zeros(max(4, n), dtype=torch.int32, device=self.device)
+
     @property
     def nbytes(self) -> int:
         """Memory of the tables."""
         tensors = [self._sent, self._sums, self._row_sums, self._flags, self._request]
         tensors += [launch.per_tensor for launch in self._launches]
+        tensors += [self._ticket, *(launch.tickets for launch in self._launches)]
         tensors += [of.classes for of in self._rules.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -198,45 +205,53 @@ class Tables:
 
     # ----- launches -----------------------------------------------------------------------------
 
-    def reduce(self, request: Request, scale: torch.Tensor | None) -> None:
-        """A number and a flag a chunk."""
+    def reduce(
+        self, request: Request, scale: torch.Tensor | None, found: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Norm, multiplier, skip and hypers; returns the tensor of multiplier, skip and norm."""
+        result = self._new_result()
+        of_rule = {id(launch.of): launch for launch in self._launches}  # the last one of each
         with self._on_device():
             for launch in self._launches:
+                of = launch.of
+                prepares = of_rule[id(of)] is launch
                 triton_reduce.reduce_pass[(launch.chunks,)](
                     launch.rows,
                     launch.work,
+                    self._chunk_of,
+                    self._first_chunks,
                     self._request,
                     self._row_sums if scale is None else scale,
+                    self._row_sums if found is None else found,
                     self._sums,
                     self._flags,
+                    self._row_sums,
+                    self._ticket,
+                    result,
+                    of.class_table,
+                    of.numbers,
+                    of.classes,
+                    self.total_chunks,
+                    self.total_rows,
+                    len(of.keys),
+                    **self._preparing(of if prepares else None),
                     grad=_language_type(launch.param),
                     aligned=launch.aligned,
                     is_inf_norm=request.inf_norm,
                     is_scaled=scale is not None,
+                    is_found=found is not None,
+                    decides=launch is self._launches[-1],
                     num_warps=8,
                     **_OPTIONS,
                 )
+        return result
 
-    def finish(
-        self,
-        request: Request,
-        scale: torch.Tensor | None,
-        found: torch.Tensor | None,
-        *,
-        reduces: bool,
-    ) -> torch.Tensor:
-        """Norm, multiplier, skip and hypers; returns the tensor of the first three."""
-        result = torch.zeros(3, dtype=torch.float64, device=self.device)
+    def prepare(self, scale: torch.Tensor | None, found: torch.Tensor | None) -> torch.Tensor:
+        """What `reduce` does in a step that reads no gradient before it applies them."""
+        result = self._new_result()
         with self._on_device():
             for index, of in enumerate(self._rules.values()):
-                triton_tail.finish[(max(1, len(of.keys)),)](
-                    self._chunk_of,
-                    self._sums,
-                    self._flags,
-                    self._row_sums,
-                    self._first_chunks,
-                    self.total_chunks,
-                    self.total_rows,
+                triton_reduce.prepare_pass[(max(1, len(of.keys)),)](
                     self._request,
                     self._row_sums if scale is None else scale,
                     self._row_sums if found is None else found,
@@ -244,46 +259,36 @@ class Tables:
                     of.class_table,
                     of.numbers,
                     of.classes,
-                    prepare=of.form.prepare,
-                    number_count=of.form.numbers,
-                    number_width=1 + of.form.numbers,
-                    counted=of.form.counted,
-                    results=of.form.results,
-                    class_width=of.form.class_width,
-                    is_first=index == 0,
-                    reduces=reduces,
-                    is_inf_norm=request.inf_norm,
+                    **self._preparing(of),
                     is_scaled=scale is not None,
                     is_found=found is not None,
-                    num_warps=8 if reduces and index == 0 else 1,
+                    decides=index == 0,
+                    num_warps=1,
                     **_OPTIONS,
                 )
         return result
 
+    def _new_result(self) -> torch.Tensor:
+        """A step's own, so that what was left of the one before can still be read."""
+        return torch.empty(3, dtype=torch.float64, device=self.device)
+
+    @staticmethod
+    def _preparing(of: _OfRule | None) -> dict[str, Any]:
+        """How a kernel makes a rule's classes; of none, that it does not."""
+        return {
+            "prepare": None if of is None else of.form.prepare,
+            "number_count": 0 if of is None else of.form.numbers,
+            "counted": 0 if of is None else of.form.counted,
+            "results": () if of is None else of.form.results,
+            "class_width": 0 if of is None else of.form.class_width,
+        }
+
     def apply(self, request: Request, result: torch.Tensor) -> None:
-        """Every stage of every rule, and the turns between them."""
+        """Every stage of every rule."""
         with self._on_device():
             for launch in self._launches:
-                form = launch.of.form
-                for s, stage in enumerate(form.stages):
+                for s in range(len(launch.of.form.stages)):
                     self._apply_stage(launch, s, request, result)
-                    if stage.sums or stage.turn is not None:
-                        triton_tail.turn_rows[(len(launch.entries),)](
-                            launch.rows,
-                            launch.of.classes,
-                            result,
-                            self._sums,
-                            launch.per_tensor,
-                            self.total_chunks,
-                            turn=stage.turn,
-                            takes=stage.turn_takes,
-                            gives=stage.turn_gives,
-                            sum_indices=stage.sums,
-                            class_width=form.class_width,
-                            per_tensor_width=form.per_tensor,
-                            num_warps=4,
-                            **_OPTIONS,
-                        )
 
     def _apply_stage(self, launch: _Launch, s: int, request: Request, result: torch.Tensor) -> None:
         form, stage = launch.of.form, launch.of.form.stages[s]
@@ -301,11 +306,16 @@ class Tables:
             result,
             self._sums,
             launch.per_tensor,
+            launch.tickets,
             self.total_chunks,
             text=stage.wide_text if launch.param is torch.float64 else stage.text,
             takes=stage.takes,
             gives=stage.gives,
-            first_sum=stage.sums[0] if stage.sums else 0,
+            sum_indices=stage.sums,
+            turn_text=stage.turn,
+            turn_takes=stage.turn_takes,
+            turn_gives=stage.turn_gives,
+            ends=bool(stage.sums) or stage.turn is not None,
             counted=form.counted,
             class_width=form.class_width,
             per_tensor_width=form.per_tensor,
@@ -322,7 +332,7 @@ class Tables:
         )
 
     def found(self) -> tuple[bool, list[float]]:
-        """After `finish`: whether there is an inf or nan, and what each row adds to the norm."""
+        """After `reduce`: whether there is an inf or nan, and what each row adds to the norm."""
         rows = self._sums[self._first_chunks] if self.total_rows else self._sums[:0]
         return bool(self._flags.any()), rows.tolist()
 

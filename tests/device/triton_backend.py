@@ -21,7 +21,9 @@ from pyupdate.options import LastUpdate
 from pyupdate.pytorch.request import Request, Scaling
 from pyupdate.pytorch.rows import AVERAGE, GroupRule, Inputs, Row
 
-_WRITTEN = frozenset({"sums", "flags", "row_sums", "result", "classes", "per_tensor"})
+_WRITTEN = frozenset(
+    {"sums", "flags", "row_sums", "result", "classes", "per_tensor", "ticket", "tickets"}
+)
 _machine: list[Machine] = []
 
 home = product.home

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyupdate.kernels import triton_passes, triton_reduce, triton_tail
+from pyupdate.kernels import triton_passes, triton_reduce
 from pyupdate.kernels.rules import RULES
 from pyupdate.kernels.triton_forms import RuleForm, form_of
 
@@ -45,7 +45,8 @@ TYPES = {
     **dict.fromkeys(("rows", "work", "chunk_of", "first_chunks", "class_table"), "*i64"),
     **dict.fromkeys(("scale", "found", "flags"), "*fp32"),
     **dict.fromkeys(("classes", "request", "result", "sums", "row_sums", "per_tensor"), "*fp64"),
-    **dict.fromkeys(("total_chunks", "total_rows"), "i32"),
+    **dict.fromkeys(("ticket", "tickets"), "*i32"),
+    **dict.fromkeys(("total_chunks", "total_rows", "class_count"), "i32"),
     "numbers": "*fp64",
 }
 
@@ -66,23 +67,23 @@ def compiled(kernel: Any, target: GPUTarget, warps: int, **constants: Any) -> An
 
 def kernels(form: RuleForm, target: GPUTarget) -> Iterator[tuple[str, Any]]:
     """Every kernel of a rule's step."""
+    preparing = {
+        "prepare": form.prepare,
+        "number_count": form.numbers,
+        "counted": form.counted,
+        "results": form.results,
+        "class_width": form.class_width,
+    }
     yield (
-        "finish",
+        "prepare",
         compiled(
-            triton_tail.finish,
+            triton_reduce.prepare_pass,
             target,
-            8,
-            prepare=form.prepare,
-            number_count=form.numbers,
-            number_width=1 + form.numbers,
-            counted=form.counted,
-            results=form.results,
-            class_width=form.class_width,
-            is_first=True,
-            reduces=True,
-            is_inf_norm=False,
+            1,
+            **preparing,
             is_scaled=True,
             is_found=False,
+            decides=True,
         ),
     )
     for name, (param, state) in STORAGES.items():
@@ -92,10 +93,13 @@ def kernels(form: RuleForm, target: GPUTarget) -> Iterator[tuple[str, Any]]:
                 triton_reduce.reduce_pass,
                 target,
                 8,
+                **preparing,
                 grad=param,
                 aligned=True,
                 is_inf_norm=False,
                 is_scaled=True,
+                is_found=False,
+                decides=True,
             ),
         )
         for s, stage in enumerate(form.stages):
@@ -110,7 +114,11 @@ def kernels(form: RuleForm, target: GPUTarget) -> Iterator[tuple[str, Any]]:
                     text=stage.wide_text if param == tl.float64 else stage.text,
                     takes=stage.takes,
                     gives=stage.gives,
-                    first_sum=stage.sums[0] if stage.sums else 0,
+                    sum_indices=stage.sums,
+                    turn_text=stage.turn,
+                    turn_takes=stage.turn_takes,
+                    turn_gives=stage.turn_gives,
+                    ends=bool(stage.sums) or stage.turn is not None,
                     counted=form.counted,
                     class_width=form.class_width,
                     per_tensor_width=form.per_tensor,
