@@ -57,14 +57,13 @@ def measured(seconds: float) -> dict[str, Any]:
     ours, ours_moving = (pyupdate.optim.AdamW(listed, lr=1e-3) for listed in (still, moving))
     theirs = torch.optim.AdamW(params(), lr=1e-3, fused=True)
     with cuda_on_cpu(device_module("_cuda_recorded")), timing.settled(1):
-        times = timing.interleave(
-            {
-                "nothing moved": (lambda: None, ours.step),
-                "every gradient moved": (in_another_place(moving), ours_moving.step),
-                "torch fused": (lambda: None, theirs.step),
-            },
-            seconds=seconds,
-        )
+        runs: timing.Runs = {
+            "nothing moved": (lambda: None, ours.step),
+            "every gradient moved": (in_another_place(moving), ours_moving.step),
+            "torch fused": (lambda: None, theirs.step),
+        }
+        timing.warm_up(runs)
+        times = timing.interleave(runs, seconds=seconds)
         place = timing.machine(1)
     return {
         "what": f"host time of a step of {TENSORS} tensors, launches left out: a stand-in",

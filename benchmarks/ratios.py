@@ -48,6 +48,7 @@ def measure(workload: Workload, kind: str) -> dict[str, Any]:
         }
         moved = ours.bytes
         runs = {one.name: (one.prepare, one.run) for one in both}
+        timing.warm_up(runs)
         times = timing.interleave(runs, seconds=SECONDS)
         name = baseline.name
         del baseline, ours, both, runs, rule

@@ -70,6 +70,16 @@ def llama_1b(depth: float = 1.0) -> list[Shape]:
     return [*shapes, (width,)]
 
 
+def llama_block(depth: float = 1.0) -> list[Shape]:
+    """The blocks of `llama_1b` without what stands around them."""
+    return llama_1b(depth)[1:-1]
+
+
+def matrices_of_vit(depth: float = 1.0) -> list[Shape]:
+    """Those of the blocks of `vit_b16`: what Muon is for."""
+    return [shape for shape in vit_b16(depth)[4:-2] if len(shape) == 2]
+
+
 def dlrm(depth: float = 1.0) -> list[Shape]:
     """Naumov et al. 2019, arXiv:1906.00091, with four embeddings of half a million rows."""
     rows, width = _part(500_000, depth), 64
@@ -116,10 +126,12 @@ MODELS = {
         Model("ViT-B/16", vit_b16, 0.5),
         Model("GPT-2 124M", gpt2, 0.25),
         Model("Llama 1B", llama_1b, 1 / 16),
+        Model("Llama blocks", llama_block, 1 / 16),
+        Model("ViT-B/16 matrices", matrices_of_vit, 1 / 12),
         Model("DLRM", dlrm, 0.25),
         Model("1,000 tiny", lambda _: tiny(1000)),
         Model("5,000 tiny", lambda _: tiny(5000)),
-        Model("one of 100M", lambda depth: [(_part(100_000_000, depth),)], 0.5),
+        Model("one of 100M", lambda depth: [(_part(100_000_000, depth),)]),
     )
 }
 
@@ -133,7 +145,7 @@ def main() -> None:
     for model in MODELS.values():
         whole, here = model.make(1.0), model.shapes()
         print(
-            f"{model.name:12} {len(whole):5} tensors {elements(whole):13,} parameters; "
+            f"{model.name:18} {len(whole):5} tensors {elements(whole):13,} parameters; "
             f"by default {len(here):5} and {elements(here):13,}"
         )
 

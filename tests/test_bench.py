@@ -13,6 +13,7 @@ import torch
 import pyupdate
 from pyupdate.bench import command, timing
 from pyupdate.bench.contestants import KINDS, OURS, SCALE, Contestant, Workload, of_torch
+from pyupdate.bench.measure import measure
 from pyupdate.bench.truth import WrongError, check
 
 SMALL = Workload("small", ((200, 100), (33,), (), (5, 5)))  # whose gradient is clipped
@@ -35,6 +36,50 @@ def test_who_is_right_is_let_through(name: str, kind: str) -> None:
 def test_every_rule_of_ours_is_right(rule: str) -> None:
     one = contestant(OURS, "full", rule)
     check(one, one.optimizer)
+
+
+def test_who_is_wrong_is_named_and_left_out(monkeypatch) -> None:
+    def breaks(params):
+        message = "no such device"
+        raise RuntimeError(message)
+
+    makers = {"idle": lambda params: torch.optim.AdamW(params, lr=0.0), "absent": breaks}
+    cell = measure(SMALL, "step", makers | of_torch("step"), seconds=0.0, threads=1)
+    assert list(cell["failed"]) == ["absent", "idle"] and "idle" not in cell["ms"]
+    assert cell["failed"]["absent"] == "RuntimeError: no such device"
+    assert "eps off after" in cell["failed"]["idle"]
+    ours = {OURS: lambda params: pyupdate.optim.AdamW(params, lr=0.0)}
+    monkeypatch.setattr(Contestant, "_ours", lambda self: None)
+    with pytest.raises(WrongError):
+        measure(SMALL, "step", ours | {OURS: of_torch("step")[OURS]}, seconds=0.0, threads=1)
+
+
+def test_matrices_in_halves_and_vectors_not() -> None:
+    workload = Workload("mixed", ((40, 7), (33,)), dtype=torch.bfloat16, of_vectors=torch.float32)
+    for name in of_torch("step"):
+        one = contestant(name, "step", workload=workload)
+        assert [param.dtype for param in one.params] == [torch.bfloat16, torch.float32]
+        assert check(one, pyupdate.optim.AdamW(one.params)) < 8.0
+        right = one.run
+
+        def run(right=right, vector=one.params[1].data) -> None:
+            right()
+            vector.add_(1e-4)  # far below a half's precision, and far above a float32's
+
+        one.run = run
+        with pytest.raises(WrongError):
+            check(one, pyupdate.optim.AdamW(one.params))
+
+
+def test_the_same_numbers_for_all() -> None:
+    first, second = (contestant(name, "full") for name in ("torch loop", OURS))
+    copied = Contestant(OURS, SMALL, "full", of_torch("full")[OURS], first)
+    for a, b, c in zip(first.params, second.params, copied.params, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and a.data_ptr() != c.data_ptr()
+        assert torch.equal(a.grad, c.grad) and a.grad.data_ptr() != c.grad.data_ptr()
+    plain = contestant("torch loop", "step")
+    other = Contestant(OURS, SMALL, "step", of_torch("step")[OURS], plain)
+    assert plain.params[0].grad.data_ptr() != other.params[0].grad.data_ptr()
 
 
 def test_halves_are_held_to_their_own_precision() -> None:
@@ -69,10 +114,44 @@ def test_turns_are_taken_in_alternating_order() -> None:
     def runs(name: str):
         return (lambda: said.append(f"prepare {name}"), lambda: said.append(name))
 
-    times = timing.interleave({name: runs(name) for name in "abc"}, seconds=0.0, rounds=2, warm=1)
-    assert [one for one in said if "prepare" not in one] == list("abc" + "abc" + "cba")
+    times = timing.interleave({name: runs(name) for name in "abc"}, seconds=0.0, rounds=2)
+    assert [one for one in said if "prepare" not in one] == list("abc" + "cba")
     assert all(said[i] == f"prepare {said[i + 1]}" for i in range(0, len(said), 2))
     assert {name: len(found.seconds) for name, found in times.items()} == dict.fromkeys("abc", 2)
+
+
+class Clock:
+    """Stands in for time: what runs moves it by what it is said to take."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def runs(self, **seconds):
+        def run(turns):
+            def move() -> None:
+                self.now += next(turns)
+
+            return (lambda: None, move)
+
+        return {name: run(iter(turns)) for name, turns in seconds.items()}
+
+
+def test_warm_up_ends_where_all_stand_still(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    cooling = [9.0, 8.0, 7.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    # In the ninth round the last two windows of three are 2 1 1 and 1 1 1: medians of one.
+    runs = clock.runs(a=cooling, b=[1.0] * 11)
+    assert timing.warm_up(runs, seconds=1e9) == (9, True)
+    within = [1.0, 1.0, 1.0, 1.04, 1.04, 1.04]
+    assert timing.warm_up(clock.runs(a=within)) == (6, True)
+
+
+def test_warm_up_is_bounded(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    restless = [1.5**i for i in range(100)]
+    assert timing.warm_up(clock.runs(a=restless), seconds=1e9) == (timing.MOST_WARM, False)
+    assert timing.warm_up(clock.runs(a=restless), seconds=2.0) == (6, False)  # two windows at least
 
 
 def test_figures_by_hand() -> None:
@@ -102,11 +181,12 @@ def test_the_stream(compiled) -> None:
 
 @pytest.mark.parametrize("kind", ["step", "average"])
 def test_a_cell(kind: str) -> None:
-    cell = command.measure(SMALL, kind, seconds=0.0, threads=1)
+    cell = measure(SMALL, kind, of_torch(kind), seconds=0.0, threads=1)
     assert list(cell["ms"]) == list(of_torch(kind)) and cell["rounds"] >= 8
     assert cell["bytes"] == {"step": 28.0, "average": 40.0}[kind]
     elements = 200 * 100 + 33 + 1 + 25
-    assert cell["GBps"] == pytest.approx(cell["bytes"] * elements / cell["ms"][OURS] / 1e6)
+    for name, speed in cell["GBps"].items():
+        assert speed == pytest.approx(cell["bytes"] * elements / cell["ms"][name] / 1e6)
     assert (cell["of_stream"] is None) == (timing.stream(1, 1) is None)
     low, high = cell["quartiles_ms"][OURS]
     assert low <= cell["ms"][OURS] <= high

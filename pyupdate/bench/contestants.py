@@ -35,19 +35,22 @@ Optimizer = Callable[[list[nn.Parameter]], Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes of parameters, all of one dtype.
+    """Shapes of parameters, and their dtypes.
 
     Attributes:
         name: what tables call it.
         shapes: one a parameter.
         targets: by kind, the ratio to the baseline that is to be reached, where there is one.
         dtype: of the parameters and gradients.
+        of_vectors: the dtype of those with less than two dimensions, where it is another: models
+            that keep their matrices in bfloat16 often leave norms and biases in float32.
     """
 
     name: str
     shapes: tuple[Shape, ...]
     targets: dict[str, float] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    of_vectors: torch.dtype | None = None
 
     @property
     def elements(self) -> int:
@@ -90,13 +93,23 @@ class Contestant:
     """Parameters, gradients and an optimizer; the same numbers for every contestant.
 
     Args:
-        name: `OURS` does all by its optimizer's own options; any other by torch's functions.
+        name: what begins with `OURS` does all by its optimizer's own options; any other does it by
+            torch's functions.
         workload: what is stepped.
         kind: one of `KINDS`.
         make: its optimizer.
+        like: one of the same workload and kind that has not stepped: its numbers are copied, and
+            the gradients that a step spoils are kept once for both.
     """
 
-    def __init__(self, name: str, workload: Workload, kind: str, make: Optimizer) -> None:
+    def __init__(
+        self,
+        name: str,
+        workload: Workload,
+        kind: str,
+        make: Optimizer,
+        like: Contestant | None = None,
+    ) -> None:
         self.name = name
         self.kind = kind
         self.workload = workload
@@ -104,21 +117,26 @@ class Contestant:
         random = torch.Generator().manual_seed(1)
 
         def numbers(shape: Shape, scale: float) -> torch.Tensor:
-            return (torch.randn(shape, generator=random) * scale).to(workload.dtype)
+            narrow = workload.of_vectors if len(shape) < 2 else None
+            return (torch.randn(shape, generator=random) * scale).to(narrow or workload.dtype)
 
-        self.params = [nn.Parameter(numbers(shape, 1.0)) for shape in workload.shapes]
         # A backward pass leaves gradients that carry the scale; torch unscales and clips them where
         # they are, so each such step starts from a fresh copy, which is made off the clock.
         scale = 0.01 * (SCALE if self.scaled else 1.0)
-        self.fresh = [numbers(shape, scale) for shape in workload.shapes]
         self._spoilt = kind != "step"
+        if like is None:
+            self.params = [nn.Parameter(numbers(shape, 1.0)) for shape in workload.shapes]
+            self.fresh = [numbers(shape, scale) for shape in workload.shapes]
+        else:
+            self.params = [nn.Parameter(param.detach().clone()) for param in like.params]
+            self.fresh = [g if self._spoilt else g.clone() for g in like.fresh]
         for param, grad in zip(self.params, self.fresh, strict=True):
             param.grad = grad.clone() if self._spoilt else grad
         self.optimizer: Any = make(self.params)
         self.averages = [param.detach().clone() for param in self.params if kind == "average"]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1_000_000)
         self.scaler.scale(torch.ones(()))  # makes the scale's tensor, as the first loss does
-        self.run = self._ours if name == OURS else self._theirs
+        self.run = self._ours if name.split()[0] == OURS else self._theirs
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -159,5 +177,7 @@ def contestants(
     workload: Workload, kind: str, makers: dict[str, Optimizer], names: Sequence[str] | None = None
 ) -> list[Contestant]:
     """One for each maker, or for those that are named."""
-    chosen = list(makers) if names is None else names
-    return [Contestant(name, workload, kind, makers[name]) for name in chosen]
+    made: list[Contestant] = []
+    for name in list(makers) if names is None else names:
+        made.append(Contestant(name, workload, kind, makers[name], made[0] if made else None))
+    return made

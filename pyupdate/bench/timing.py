@@ -17,10 +17,18 @@ import torch
 
 from .. import __version__, info
 
+Runs = dict[str, tuple[Callable[[], object], Callable[[], object]]]
+"""By name what is done off the clock, and then on it."""
+
 MOVED = 0.15
 """A machine whose calibration moved by more was not the same throughout."""
 
-WARM = 5
+WINDOW = 3
+STEADY = 0.05
+MOST_WARM = 30
+"""Warm-up ends where, for everything that is timed, the medians of the last two windows of rounds
+differ by less than a twentieth, or after so many rounds: on a shared machine they may never."""
+
 ROUNDS = 30
 
 CALIBRATION = 1 << 24
@@ -82,36 +90,64 @@ def settled(threads: int) -> Iterator[None]:
         torch.set_num_threads(threads_before)
 
 
+def warm_up(runs: Runs, *, seconds: float = 10.0) -> tuple[int, bool]:
+    """Take turns until the times stand still.
+
+    Args:
+        runs: as `interleave` takes them.
+        seconds: after so long no further round begins, once two windows are there.
+
+    Returns:
+        The rounds that it took, and whether the times stood still.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    for count in range(1, MOST_WARM + 1):
+        for name, run in runs.items():
+            times[name].append(_timed(*run))
+        if count >= 2 * WINDOW:
+            if all(steady(found) for found in times.values()):
+                return count, True
+            if time.perf_counter() > end:
+                return count, False
+    return MOST_WARM, False
+
+
+def steady(seconds: Sequence[float]) -> bool:
+    """Whether the medians of the last two windows agree."""
+    before = statistics.median(seconds[-2 * WINDOW : -WINDOW])
+    return moved(before, statistics.median(seconds[-WINDOW:])) < STEADY
+
+
+def _timed(prepare: Callable[[], object], run: Callable[[], object]) -> float:
+    prepare()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def interleave(
-    runs: dict[str, tuple[Callable[[], object], Callable[[], object]]],
+    runs: Runs,
     *,
     seconds: float,
     rounds: int = ROUNDS,
-    warm: int = WARM,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Times]:
-    """Time several things in rounds of one turn each, the order reversed every other round.
+    """Time several warm things in rounds of one turn each, the order reversed every other round.
 
     Args:
-        runs: by name what is done off the clock, and then on it.
+        runs: by name what is done off the clock, and then on it; `warm_up` has run them.
         seconds: for so long at least.
         rounds: and so many at least, two or more.
-        warm: rounds before those that count.
         tick: called after every round, for a progress bar.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs.items())
-    for prepare, run in list(runs.values()) * warm:
-        prepare()
-        run()
     end = time.perf_counter() + seconds
     count = 0
     while count < rounds or time.perf_counter() < end:
-        for name, (prepare, run) in order if count % 2 == 0 else reversed(order):
-            prepare()
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+        for name, run in order if count % 2 == 0 else reversed(order):
+            times[name].append(_timed(*run))
         count += 1
         tick()
     return {name: Times(found) for name, found in times.items()}

@@ -33,7 +33,7 @@ class WrongError(Exception):
 def check(contestant: Contestant, like: Any) -> float:
     """Make three steps, which also make its state, and compare with the rule in fp64.
 
-    A step may be 8 eps of the parameters' dtype off, relative to the larger of a parameter and the
+    A step may be 8 eps of the parameter's dtype off, relative to the larger of a parameter and the
     largest move; torch's norm of fp32 gradients is off by up to 1e-5, which scales a gradient by as
     much and moves an AdamW step by a quarter of it.
 
@@ -77,26 +77,24 @@ def check(contestant: Contestant, like: Any) -> float:
             )
             averages[k] += (params[k] - averages[k]) * (1.0 - DECAY)
             moved = max(moved, float(np.abs(params[k] - before).max(initial=0.0)))
-    eps = torch.finfo(contestant.workload.dtype).eps
-    off = max(
-        float(
-            (np.abs(_wide(contestant.params[i]) - param) / np.maximum(np.abs(param), moved)).max(
-                initial=0.0
-            )
-        )
-        for i, param in zip(chosen, params, strict=True)
-    )
     of_norm = _error_of_torchs_norm(contestant, norm / unscale) if clips else 0.0
-    if not off <= STEPS * (8.0 * eps + of_norm / 4.0):
-        message = f"{contestant.name} is {off / eps:.1f} eps off after {STEPS} steps"
-        raise WrongError(message)
+    most = 0.0
+    for i, param in zip(chosen, params, strict=True):
+        eps = torch.finfo(contestant.params[i].dtype).eps
+        difference = np.abs(_wide(contestant.params[i]) - param)
+        off = float((difference / np.maximum(np.abs(param), moved)).max(initial=0.0))
+        if not off <= STEPS * (8.0 * eps + of_norm / 4.0):
+            message = f"{contestant.name} is {off / eps:.1f} eps off after {STEPS} steps"
+            raise WrongError(message)
+        most = max(most, off / eps)
     for i, average in zip(chosen, averages, strict=True) if contestant.averages else ():
+        eps = torch.finfo(contestant.params[i].dtype).eps
         # Each of the steps rounds it twice: the difference to the parameter, and the sum.
         bound = STEPS * 2.0 * eps * np.maximum(np.abs(average), moved)
         if not np.all(np.abs(_average(contestant, i) - average) <= bound):
             message = f"{contestant.name} keeps another average"
             raise WrongError(message)
-    return off / eps
+    return most
 
 
 def _chosen(contestant: Contestant) -> list[int]:
