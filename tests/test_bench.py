@@ -7,14 +7,16 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import pyupdate
-from pyupdate.bench import command, timing
+from pyupdate.bench import command, contestants, timing, truth
 from pyupdate.bench.contestants import KINDS, OURS, SCALE, Contestant, Workload, of_torch
 from pyupdate.bench.measure import measure
-from pyupdate.bench.truth import WrongError, check
+from pyupdate.bench.truth import STEPS, WrongError, check, error_of_corrections
+from pyupdate.pytorch import step as engine
 
 SMALL = Workload("small", ((200, 100), (33,), (), (5, 5)))  # whose gradient is clipped
 RULES = ("SGD", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "LAMB", "LARS", "Lion")
@@ -106,6 +108,131 @@ def test_who_is_wrong_is_not_timed(breakage: str, monkeypatch) -> None:
     BREAKAGES[breakage](one, monkeypatch)
     with pytest.raises(WrongError):
         check(one, like)
+
+
+class Fp32Corrections(torch.optim.AdamW):
+    """AdamW with bias corrections from fp32 powers, as of `late` steps more or another beta2."""
+
+    def __init__(self, params, late: float = 0.0, beta2: float = 0.999) -> None:
+        super().__init__(params)
+        self.late, self.beta2 = late, beta2
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        beta1, beta2 = torch.tensor(0.9), torch.tensor(self.beta2)
+        self.made = getattr(self, "made", 0) + 1
+        for param in group["params"]:
+            state = self.state[param]
+            m = state.setdefault("exp_avg", torch.zeros_like(param))
+            v = state.setdefault("exp_avg_sq", torch.zeros_like(param))
+            m.lerp_(param.grad, 0.1)
+            v.mul_(0.999).addcmul_(param.grad, param.grad, value=0.001)
+            of_m, of_v = (1.0 - b ** (self.made + self.late) for b in (beta1, beta2))
+            param.mul_(1.0 - 1e-5).sub_(1e-3 / of_m * m / ((v / of_v).sqrt() + 1e-8))
+
+
+def off_by(dtype: torch.dtype, **wrong: float) -> float:
+    one = Contestant("fp32", SMALL, "step", lambda params: Fp32Corrections(params, **wrong))
+    return check(one, pyupdate.optim.AdamW(one.params), corrections=dtype)
+
+
+def test_bias_corrections_in_fp32_are_allowed_where_they_are_declared() -> None:
+    assert 100.0 < off_by(torch.float32) < 300.0
+    with pytest.raises(WrongError):
+        off_by(torch.float64)
+
+
+@pytest.mark.parametrize("wrong", [{"late": 1.0}, {"late": 1e-3}, {"beta2": 0.9990005}])
+def test_wrong_bias_corrections_are_not(wrong: dict[str, float]) -> None:
+    with pytest.raises(WrongError):
+        off_by(torch.float32, **wrong)
+
+
+def test_what_fp32_costs_a_bias_correction() -> None:
+    """The bound holds for a product and a power, and is within six times of the worse."""
+    like = pyupdate.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    rule = engine.row_of(like).rule(like.param_groups[0])
+    for beta2 in (0.9, 0.99, 0.999, 0.9999):
+        named = {"beta1": 0.9, "beta2": beta2}
+        for t in range(1, STEPS + 1):
+            bound = error_of_corrections(rule, named, t, torch.float32)
+            assert error_of_corrections(rule, named, t, torch.float64) == 0.0
+            found = 0.0
+            for beta, root in ((0.9, 1.0), (beta2, 0.5)):
+                exact = 1.0 - beta**t
+                products = np.float32(1.0)
+                for _ in range(t):
+                    products = products * np.float32(beta)
+                powers = (products, np.power(np.float32(beta), np.float32(t)))
+                made = [float(np.float32(1.0) - power) for power in powers]
+                found += root * max(abs(one / exact - 1.0) for one in made)
+            assert found <= bound <= 6.0 * found
+
+
+def test_a_part_of_a_tensor_stands_for_it(monkeypatch) -> None:
+    """One lane of eight that is never stepped is seen in few elements of many."""
+    monkeypatch.setattr(truth, "COMPARED", 256)
+    workload = Workload("long", ((40_000,), (3, 7)))
+    one = contestant(OURS, "full", workload=workload)
+    check(one, one.optimizer)
+    one = contestant("torch fused", "full", workload=workload)
+    whole = one.run
+
+    def run() -> None:
+        before = one.params[0].detach()[5::8].clone()
+        whole()
+        one.params[0].detach()[5::8] = before
+
+    one.run = run
+    with pytest.raises(WrongError):
+        check(one, pyupdate.optim.AdamW(one.params))
+
+
+def test_gradients_that_a_step_drops_or_spoils_are_put_back() -> None:
+    class Consumes(torch.optim.AdamW):
+        consume_grad = True
+
+        def step(self) -> None:
+            super().step()
+            for param in self.param_groups[0]["params"]:
+                param.grad.zero_()
+                param.grad = None if self.consume_grad else param.grad
+
+    one = Contestant("consumes", SMALL, "step", Consumes)
+    assert check(one, pyupdate.optim.AdamW(one.params)) < 24.0
+    Consumes.consume_grad = False
+    one = Contestant("consumes", SMALL, "step", Consumes)
+    with pytest.raises(WrongError):
+        check(one, pyupdate.optim.AdamW(one.params))
+
+
+def test_a_step_of_its_own_is_taken() -> None:
+    def make(params):
+        made = torch.optim.AdamW(params)
+        made.whole_step = lambda one: said.append(one)
+        return made
+
+    said: list[Contestant] = []
+    one = Contestant("own", SMALL, "full", make)
+    one.run()
+    assert said == [one]
+
+
+def test_no_stream_without_its_loop(compiled, monkeypatch) -> None:
+    monkeypatch.delattr(compiled, "Stream")
+    assert timing.stream(1000, 1) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_sgd_of_halves_is_no_baseline(dtype: torch.dtype) -> None:
+    workload = Workload("halves", SMALL.shapes, dtype=dtype)
+    cell = measure(workload, "step", of_torch("step", "SGD"), seconds=0.0, threads=1)
+    assert (
+        list(cell["failed"]) == ["torch fused"] and "it does less" in cell["failed"]["torch fused"]
+    )
+    contestants.refuse_halves(torch.optim.AdamW, [torch.zeros(1, dtype=dtype)])
+    contestants.refuse_halves(torch.optim.SGD, [torch.zeros(1)])
 
 
 def test_turns_are_taken_in_alternating_order() -> None:

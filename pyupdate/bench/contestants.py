@@ -4,13 +4,15 @@
 The kinds of a step: ``step`` is the optimizer's alone; ``scaler`` unscales, checks for inf and nan,
 steps and updates the scaler; ``clip`` clips by the global norm and steps; ``full`` is both;
 ``average`` is that and a moving average of the parameters. A peer does by torch's own functions
-what its optimizer does not do.
+what its optimizer does not do, unless its optimizer has a ``whole_step(contestant)``, which is how
+its users make such a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ CLIPPED = frozenset(("clip", "full", "average"))
 
 OURS = "pyupdate"
 BASELINE = "torch fused"
+FUSED_SGD_OF_HALVES = (
+    "torch 2.13's fused SGD skips whole SIMD blocks of half-precision parameters: it does less"
+)
 
 Shape = tuple[int, ...]
 Optimizer = Callable[[list[nn.Parameter]], Any]
@@ -80,13 +85,32 @@ def of_torch(kind: str, rule: str = "AdamW") -> dict[str, Optimizer]:
         ):
             found[name] = _made(stock, given)
         if rule in ("SGD", "Adam", "AdamW", "Adagrad"):
-            found[BASELINE] = _made(stock, {"fused": True})
+            found[BASELINE] = _fused(stock)
     found[OURS] = _made(getattr(optim, rule), options_of(kind))
     return found
 
 
 def _made(kind: Any, given: dict[str, Any]) -> Optimizer:
     return lambda params: kind(params, **given)
+
+
+def _fused(stock: Any) -> Optimizer:
+    def make(params: list[nn.Parameter]) -> Any:
+        refuse_halves(stock, params)
+        return stock(params, fused=True)
+
+    return make
+
+
+def refuse_halves(stock: Any, params: Sequence[nn.Parameter]) -> None:
+    """Refuse a baseline that is fast because it does less.
+
+    Raises:
+        ValueError: it is fused SGD of half-precision parameters.
+    """
+    halves = (torch.bfloat16, torch.float16)
+    if stock is torch.optim.SGD and any(param.dtype in halves for param in params):
+        raise ValueError(FUSED_SGD_OF_HALVES)
 
 
 class Contestant:
@@ -123,28 +147,34 @@ class Contestant:
         # A backward pass leaves gradients that carry the scale; torch unscales and clips them where
         # they are, so each such step starts from a fresh copy, which is made off the clock.
         scale = 0.01 * (SCALE if self.scaled else 1.0)
-        self._spoilt = kind != "step"
+        spoils = kind != "step"
         if like is None:
             self.params = [nn.Parameter(numbers(shape, 1.0)) for shape in workload.shapes]
             self.fresh = [numbers(shape, scale) for shape in workload.shapes]
         else:
             self.params = [nn.Parameter(param.detach().clone()) for param in like.params]
-            self.fresh = [g if self._spoilt else g.clone() for g in like.fresh]
+            self.fresh = [g if spoils else g.clone() for g in like.fresh]
+        self.optimizer: Any = make(self.params)
+        self._spoilt = spoils or bool(getattr(self.optimizer, "consume_grad", False))
         for param, grad in zip(self.params, self.fresh, strict=True):
             param.grad = grad.clone() if self._spoilt else grad
-        self.optimizer: Any = make(self.params)
         self.averages = [param.detach().clone() for param in self.params if kind == "average"]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1_000_000)
         self.scaler.scale(torch.ones(()))  # makes the scale's tensor, as the first loss does
-        self.run = self._ours if name.split()[0] == OURS else self._theirs
+        whole = getattr(self.optimizer, "whole_step", None)
+        self.run: Callable[[], None] = self._ours if name.split()[0] == OURS else self._theirs
+        if whole is not None:
+            self.run = partial(whole, self)
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Put the gradients back, as a backward pass would."""
         if self._spoilt:
             for param, fresh in zip(self.params, self.fresh, strict=True):
-                assert param.grad is not None
-                param.grad.copy_(fresh)
+                if param.grad is None:
+                    param.grad = fresh.clone()
+                else:
+                    param.grad.copy_(fresh)
 
     def _ours(self) -> None:
         if self.scaled:
@@ -163,9 +193,13 @@ class Contestant:
             self.scaler.update()
         else:
             self.optimizer.step()
+        self.average()
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averages, where the kind has them, in torch's fastest way."""
         if self.averages:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.averages, list[torch.Tensor](self.params), 1.0 - DECAY)
+            torch._foreach_lerp_(self.averages, list[torch.Tensor](self.params), 1.0 - DECAY)
 
     @property
     def bytes(self) -> float:

@@ -156,14 +156,17 @@ def interleave(
 def stream(elements: int, threads: int) -> tuple[Callable[[], object], int] | None:
     """A turn through AdamW's seven streams without AdamW, and its bytes an element.
 
-    None where pyupdate is not compiled: Python has no such loop.
+    None where pyupdate is not compiled, or from sources that had no such loop: Python has none.
     """
     try:
         from .. import _C
     except ImportError:
         return None
-    made = _C.Stream(elements)
-    return (lambda: made.run(threads)), int(_C.Stream.BYTES)
+    kind = getattr(_C, "Stream", None)
+    if kind is None:
+        return None
+    made = kind(elements)
+    return (lambda: made.run(threads)), int(kind.BYTES)
 
 
 def machine(threads: int) -> dict[str, Any]:
