@@ -2,6 +2,7 @@
 # Every target does its own set-up: a machine needs python3 >= 3.11 with pip and venv, and, for the fast back end, a
 # C++ compiler. Everything is installed in .venv, at the versions of constraints.txt.
 #   make demo     train a small network on handwritten digits through update_model
+#   make demo-tf  the same in Keras, on TensorFlow, which it installs
 #   make test     the tests, without those of minutes (make slow)
 #   make test-tensorflow   those of the TensorFlow half, in their own process (make test runs them too)
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
@@ -25,7 +26,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
+.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -55,6 +56,9 @@ $(installed): $(tools) $(compiled_from)
 demo: $(installed)
 	$(bin)/python examples/digits.py
 
+demo-tf: $(installed) $(tensorflow)
+	@if [ -e $(tensorflow) ]; then set -x; $(bin)/python examples/digits_keras.py; fi
+
 test: $(installed)
 	$(bin)/python -m pytest -m 'not slow' $(PYTEST)
 	$(MAKE) test-tensorflow
@@ -66,10 +70,11 @@ test-tensorflow: $(installed) $(tensorflow)
 
 $(tensorflow): $(tools) constraints.txt
 	if $(pip) install -q -c constraints.txt tensorflow-cpu && $(pip) install -q -c constraints.txt --no-deps tf-keras; then touch $@; \
-	else echo "test-tensorflow: SKIPPED: pip could not install tensorflow-cpu and tf-keras" >&2; fi
+	else echo "SKIPPED what needs TensorFlow: pip could not install tensorflow-cpu and tf-keras at the versions of constraints.txt" >&2; fi
 
-slow: $(installed)
+slow: $(installed) $(tensorflow)
 	$(bin)/python -m pytest -m slow $(PYTEST)
+	$(bin)/python -m pytest -m slow tests_tensorflow $(PYTEST) || [ $$? -eq 5 ] # 5: it ran none
 
 bench: $(installed)
 	$(bin)/python -m pytest benchmarks --benchmark-only $(PYTEST)

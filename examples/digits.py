@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a small convolutional network on handwritten digits through ``pyupdate.update_model``.
 
-The data are scikit-learn's 1,797 bundled images of 8 x 8 pixels: nothing is downloaded. A twin of
-the network is trained by ``torch.optim.AdamW``'s plain loop from the same weights on the same
-batches, to show that the weights agree; then the optimizers are timed on this very model.
+A twin of the network is trained by ``torch.optim.AdamW``'s plain loop from the same weights on the
+same batches, to show that the weights agree; then the optimizers are timed on this very model.
+``digits_keras.py`` is the same demo of a Keras model.
 
     python examples/digits.py        # exits 1 below 97 % accuracy, or where the weights disagree
     PYUPDATE_BACKEND=reference python examples/digits.py
@@ -12,31 +12,18 @@ batches, to show that the weights agree; then the optimizers are timed on this v
 from __future__ import annotations
 
 import copy
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import handwritten
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from handwritten import BATCH, EPOCHS, LR, SEED, STEPS
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import pyupdate
 from pyupdate import backends, info
 
-SEED = 7
-EPOCHS = 12
-IMAGES = 1_347  # of 1,797; the others are for the test
-BATCH = 32
-LR = 4e-3  # at its highest
-ACCURACY = 97.0  # percent of the test images that must be recognised
-ONE_STEP = 8.0  # eps: how far one step may be from torch's, the bound that the tests hold
-ROUNDS = 210  # of timing, less where they take longer than SECONDS
-SECONDS = 5.0
-WARM = 10
-STEPS = EPOCHS * -(-IMAGES // BATCH)
 EPS = torch.finfo(torch.float32).eps
 
 Images = tuple[Tensor, Tensor]
@@ -60,13 +47,9 @@ def network() -> nn.Module:
     )
 
 
-def digits() -> tuple[Images, Images]:
-    """Training and test images, scaled to [0, 1], with their labels."""
-    data, labels = load_digits(return_X_y=True)
-    parts = train_test_split(data, labels, train_size=IMAGES, random_state=SEED, stratify=labels)
-    train, test = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
-    train_labels, test_labels = (torch.tensor(part, dtype=torch.int64) for part in parts[2:])
-    return (train / 16.0, train_labels), (test / 16.0, test_labels)
+def tensors(part: handwritten.Images) -> Images:
+    images, labels = map(torch.from_numpy, part)
+    return images[:, None], labels
 
 
 def batches(images: Tensor, labels: Tensor, shuffle: torch.Generator) -> Iterator[Images]:
@@ -131,28 +114,19 @@ def one_step_apart(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(torch.stack(parts).max())
 
 
-def step_times(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """The median time of one optimizer step in microseconds, the three taken in turn."""
+def steps(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
+    """The step of each optimizer that is timed, on a copy of this model with its gradients."""
     kinds = {
         "pyupdate": lambda p: pyupdate.optim.AdamW(p, lr=LR),
         "torch.optim.AdamW": lambda p: torch.optim.AdamW(p, lr=LR),
         "torch.optim.AdamW(fused=True)": lambda p: torch.optim.AdamW(p, lr=LR, fused=True),
     }
-    optimizers = {}
+    made = {}
     for name, kind in kinds.items():
         copied = copy.deepcopy(model)
         nn.functional.cross_entropy(copied(images), labels).backward()
-        optimizers[name] = kind(copied.parameters())
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    end = time.perf_counter() + SECONDS
-    for turn in range(ROUNDS):
-        for name in list(kinds)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
-            optimizers[name].step()
-            times[name].append(time.perf_counter() - start)
-        if time.perf_counter() > end and turn >= 2 * WARM:
-            break
-    return {name: 1e6 * statistics.median(values[WARM:]) for name, values in times.items()}
+        made[name] = kind(copied.parameters()).step
+    return made
 
 
 def where_it_runs() -> str:
@@ -165,10 +139,9 @@ def where_it_runs() -> str:
 def train(model: nn.Module, twin: Twin, images: Images, test: Images) -> float:
     """Train both; the largest difference that one step made, looked at once an epoch."""
     shuffle = torch.Generator().manual_seed(SEED)
-    on_terminal = sys.stderr.isatty()
     worst = 0.0
     schedule_of_model = schedule(model.current_optimizer)
-    with tqdm(total=STEPS, unit="step", disable=not on_terminal) as bar:
+    with handwritten.Progress() as progress:
         for epoch in range(1, EPOCHS + 1):
             total = 0.0
             for batch, labels in batches(*images, shuffle):
@@ -178,20 +151,15 @@ def train(model: nn.Module, twin: Twin, images: Images, test: Images) -> float:
                 schedule_of_model.step()
                 twin.train(batch, labels)
                 total += float(losses.detach().sum())
-                bar.update()
+                progress.step()
             worst = max(worst, one_step_apart(model, batch, labels))
-            said = (
-                f"loss {total / len(images[0]):.4f}, test accuracy {accuracy(model, *test):.1f} %"
-            )
-            bar.set_postfix_str(said)
-            if not on_terminal:
-                print(f"epoch {epoch:2d} of {EPOCHS}: {said}", flush=True)
+            progress.epoch(epoch, total / len(images[0]), accuracy(model, *test))
     return worst
 
 
 def main() -> int:
     torch.manual_seed(SEED)
-    images, test = digits()
+    images, test = map(tensors, handwritten.digits())
     model = pyupdate.build(network, lambda p: pyupdate.optim.AdamW(p, lr=LR), model_name="digits")
     twin = Twin(model)
     threads = torch.get_num_threads()
@@ -206,29 +174,19 @@ def main() -> int:
     torch.set_num_threads(threads)
 
     reached = accuracy(model, *test)
-    print(
-        f"\ntest accuracy      {reached:.2f} % (torch's twin {accuracy(twin.model, *test):.2f} %)"
-    )
-    print(f"trained in         {seconds:.1f} s, the twin included")
-    print(f"trained on         back end {where_ran}")
-    print(f"weights, one step  at most {one_step:.2f} eps from torch's (the bound is {ONE_STEP:g})")
-    print(
-        f"weights, the end   {twin.apart(model):.4f} % from the twin's: training adds up rounding"
+    handwritten.report(
+        "torch",
+        accuracy=reached,
+        twin=accuracy(twin.model, *test),
+        seconds=seconds,
+        ran_on=f"back end {where_ran}",
+        one_step=one_step,
+        apart=twin.apart(model),
     )
     print(f"time of one optimizer step on this model, median, threads: {threads}")
-    times = step_times(model, test[0][:BATCH], test[1][:BATCH])
-    for name, micros in times.items():
-        ratio = micros / times["pyupdate"]
-        print(f"  {name:<30} {micros:8.0f} us" + (f"   {ratio:.1f} x" if ratio != 1.0 else ""))
-
-    failures = []
-    if not reached >= ACCURACY:
-        failures.append(f"the accuracy is below {ACCURACY:g} %")
-    if not one_step <= ONE_STEP:
-        failures.append("the weights do not agree with torch's")
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    contestants = steps(model, test[0][:BATCH], test[1][:BATCH])
+    handwritten.report_times(handwritten.step_times(contestants))
+    return handwritten.verdict("torch", reached, one_step)
 
 
 if __name__ == "__main__":

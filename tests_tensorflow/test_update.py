@@ -246,6 +246,30 @@ def test_a_deferred_update_in_a_function_and_by_drain() -> None:
     assert weights(model)[0].tolist() == [0.5]
 
 
+def test_autograph_leaves_us_alone() -> None:
+    model = pyupdate.build(Known([[1.0]]), keras.optimizers.SGD(0.5))
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    deferred: dict[str, Any] = {}
+
+    @tf.function
+    def step(grad: Any) -> None:
+        give(model, grad)
+        give(model, grad, defer=True, deferred=deferred)
+        for late in deferred[model.model_name]:
+            late()
+
+    logger = logging.getLogger("tensorflow")
+    logger.addHandler(handler)
+    try:
+        step(tf.constant([1.0]))
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in said] == []
+    assert weights(model)[0].tolist() == [0.0]
+
+
 # ----- what is traced, and when ------------------------------------------------------------------
 
 
@@ -336,3 +360,16 @@ def test_a_model_that_changes_its_frozen_layers() -> None:
     update(model, DATA)
     assert (weights(model)[0] == first).all()
     assert (weights(model)[2] != rest).any()
+
+
+def test_what_made_a_step() -> None:
+    from pyupdate.tensorflow.update import path_of
+
+    model = pyupdate.build(Known([[1.0]]), keras.optimizers.SGD(0.5), model_name="one")
+    with pytest.raises(ValueError, match="'one' was not stepped yet"):
+        path_of(model)
+    give(model, [1.0])
+    assert path_of(model) == "XLA"
+    many = pyupdate.build(Known([[1.0]] * 100), keras.optimizers.SGD(0.5))
+    give(many, *[[1.0]] * 100)
+    assert path_of(many) == "TensorFlow's fused kernels"

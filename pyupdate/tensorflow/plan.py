@@ -70,7 +70,7 @@ class Plan:
         self.accumulates = options.accumulation_steps > 1
         self._concrete: Any = None
         self._captured: list[Any] = []
-        self._said: set[str] = set()
+        self._said: list[str] = []
         self.compiled = self._can_compile()
         simple = not halves.pairs and options.ema_decay is None
         self._native = native.kernels_of(optimizer, variables) if simple else None
@@ -146,10 +146,17 @@ class Plan:
             return False
         return True
 
+    @property
+    def path(self) -> str:
+        """What runs the step, in words."""
+        if self._native is not None:
+            return "TensorFlow's fused kernels"
+        return f"TensorFlow without XLA: {self._said[-1]}" if self._said else "XLA"
+
     def _say(self, why: str) -> None:
         """Log once why a step runs without XLA."""
         if why not in self._said:
-            self._said.add(why)
+            self._said.append(why)
             kind = type(self._optimizer()).__name__
             _log.warning("%s is stepped without XLA: %s", kind, why)
 

@@ -28,6 +28,8 @@ _last: Remembered[LastUpdate | list[Any]] = Remembered()
 _warned: Remembered[set[str]] = Remembered()
 
 
+# In a user's tf.function AutoGraph would rewrite all of us, for nothing and with warnings.
+@tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
 def update(
     model: Any, loss: Any, tape: Any, scaler: Any, defer: bool, deferred: Deferred | None
 ) -> None:
@@ -64,6 +66,7 @@ def update(
     assert deferred is not None  # check_deferred
     held = [owners[i] for i in there]
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def deferred_update() -> None:
         with gradients.not_recorded(tape):
             apply(model, name, held, dense, scale)
@@ -139,6 +142,20 @@ def apply(model: Any, name: str, owners: Sequence[Any], grads: Sequence[Any], sc
     else:
         plans.move_to_end(key)
     _keep(optimizer, plan(grads, scale), scale)
+
+
+def path_of(model: Any) -> str:
+    """What made the model's last step, in words: "XLA", or what else and why.
+
+    Raises:
+        ValueError: there was none yet.
+    """
+    name = name_of(model)
+    plans = _plans.get(optimizer_of(model, name))
+    if not plans:
+        message = f"'{name}' was not stepped yet"
+        raise ValueError(message)
+    return next(reversed(plans.values())).path
 
 
 def last_update(model_or_optimizer: Any) -> LastUpdate | None:
