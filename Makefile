@@ -6,7 +6,8 @@
 #   make test     the tests, without those of minutes (make slow)
 #   make test-tensorflow   those of the TensorFlow half, in their own process (make test runs them too)
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
-#   make bench    the benchmarks
+#   make bench    the benchmarks: half an hour; BENCH=--quick, three minutes; docs/benchmarks.md
+#   make bench-check  a few of them again, their ratios to torch compared with the committed ones
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
 #   make gpu      all that waits for a GPU: tests on it, sanitizers, graphs, benchmarks (RESULTS=folder); makes no .venv
@@ -26,7 +27,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
+.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench bench-check predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -76,9 +77,13 @@ slow: $(installed) $(tensorflow)
 	$(bin)/python -m pytest -m slow $(PYTEST)
 	$(bin)/python -m pytest -m slow tests_tensorflow $(PYTEST) || [ $$? -eq 5 ] # 5: it ran none
 
+# Goes on where it was interrupted. BENCH=--quick, BENCH='--section rules --rule Lion' and others: benchmarks/run.py --help.
+BENCH ?=
 bench: $(installed)
-	$(bin)/python -m pytest benchmarks --benchmark-only $(PYTEST)
-	$(bin)/python benchmarks/ratios.py
+	$(bin)/python benchmarks/run.py $(BENCH)
+
+bench-check: $(installed)
+	$(bin)/python benchmarks/gate.py
 
 predicted: $(installed)
 	$(bin)/python benchmarks/predicted.py

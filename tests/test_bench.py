@@ -289,6 +289,19 @@ def test_figures_by_hand() -> None:
     assert timing.moved(1.0, 1.25) == timing.moved(1.25, 1.0) == 0.25
 
 
+def test_the_time_of_others_is_counted(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    busy, own = iter([100.0, 106.0]), iter([50.0, 53.0])
+    monkeypatch.setattr(timing, "_busy", lambda: next(busy))
+    monkeypatch.setattr(timing, "_own", lambda: next(own))
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    taken = timing.others()
+    clock.now += 10.0
+    assert taken() == 0.15  # six seconds of work, three of them ours, of twenty
+    monkeypatch.undo()
+    assert timing.others()() is not None
+
+
 def test_threads_and_collection_are_as_before() -> None:
     import gc
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import datetime
 import gc
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +75,51 @@ def calibrate() -> float:
 def moved(before: float, after: float) -> float:
     """By what part two calibrations differ."""
     return max(before, after) / min(before, after) - 1.0
+
+
+OTHERS = 0.1
+"""Of the processors' time; where other processes took more, a measurement says little."""
+
+
+def others() -> Callable[[], float | None]:
+    """Watch what other processes take; the calibration does not see who is there all the time.
+
+    Returns:
+        Called later, the part of the processors' time that others took since, the hypervisor's
+        included; None where the kernel does not tell (it is Linux that does).
+    """
+    start, busy, own = time.perf_counter(), _busy(), _own()
+
+    def taken() -> float | None:
+        now = _busy()
+        if busy is None or now is None:
+            return None
+        whole = (time.perf_counter() - start) * (os.cpu_count() or 1)
+        return max(0.0, (now - busy) - (_own() - own)) / whole
+
+    return taken
+
+
+def _busy() -> float | None:
+    """Seconds that all processors were not idle since the machine began."""
+    try:
+        numbers = [
+            int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = numbers
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    found = os.times()
+    return found.user + found.system + found.children_user + found.children_system
+
+
+def disturbed(record: dict[str, Any]) -> bool:
+    """Whether the machine was not a measurement's own, by its ``moved`` and ``others``."""
+    return record["moved"] > MOVED or (record.get("others") or 0.0) > OTHERS
 
 
 @contextmanager
