@@ -194,6 +194,41 @@ def test_averages_and_micro_batches_are_in_a_checkpoint(tmp_path: Any) -> None:
         assert weights(one)[0].tobytes() == weights(other)[0].tobytes()
 
 
+class Printing(keras.optimizers.SGD):
+    """XLA has no operation for what it prints."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        tf.print("", output_stream="file:///dev/null")
+        super().update_step(gradient, variable, learning_rate)
+
+
+class Deciding(keras.optimizers.SGD):
+    """Its sort by strings is found by XLA when it compiles, not in the graph before."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        grown = tf.strings.to_number(tf.strings.as_string(gradient))
+        super().update_step(grown, variable, learning_rate)
+
+
+@pytest.mark.parametrize("kind", [Printing, Deciding])
+def test_a_complete_step_that_xla_refuses(kind: type, caplog: pytest.LogCaptureFixture) -> None:
+    """The refusal comes when a step's gradients are measured already: the step is made once."""
+    model = Known([[1.0, 2.0]])
+    optimizer = scaled(kind(1.0), initial_scale=8.0, dynamic_growth_steps=2)
+    model.current_optimizer = optimizer
+    for grad, value, scale in (
+        ([0.5, 0.25], [0.5, 1.75], 8.0),
+        ([math.inf, 0.25], [0.5, 1.75], 4.0),
+        ([0.5, 0.25], [0.0, 1.5], 4.0),
+        ([0.5, 0.25], [-0.5, 1.25], 8.0),
+    ):
+        give(model, grad)
+        assert weights(model)[0].tolist() == value
+        assert float(optimizer.dynamic_scale) == scale
+    assert int(optimizer.inner_optimizer.iterations) == 3
+    assert sum("without XLA" in line for line in caplog.messages) == 1
+
+
 def test_many_small_variables_by_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.random.default_rng(7)
     count = native.MANY

@@ -64,9 +64,8 @@ def measured(
     grads: Sequence[Any], unscale: Any, options: Options, clips: Clips, *, check: bool
 ) -> Measured:
     """Norm, check and multiplier of dense gradients that carry one over `unscale`."""
-    squares = [2.0 * tf.nn.l2_loss(_wide(grad)) for grad in grads]
-    squares = [tf.cast(square, tf.float32) for square in squares]
-    total = tf.add_n(squares)
+    halved = [tf.cast(tf.nn.l2_loss(_wide(grad)), tf.float32) for grad in grads]
+    total = 2.0 * tf.add_n(halved)
     norm = tf.sqrt(total) * unscale
     finite = None
     if check:  # squares of finite numbers can overflow, so where the sum did, look again
@@ -84,7 +83,7 @@ def measured(
         factor = tf.where(tf.math.is_finite(now), clipped, float("nan"))  # on purpose, as Keras
     multiplier = unscale * factor
     if clips.clipnorm is not None:
-        norms = tf.sqrt(tf.stack(squares)) * multiplier
+        norms = tf.sqrt(2.0 * tf.stack(halved)) * multiplier
         multiplier = multiplier * tf.minimum(clips.clipnorm / norms, 1.0)
     return Measured(norm, finite, multiplier)
 

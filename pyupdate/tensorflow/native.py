@@ -3,7 +3,9 @@
 
 An XLA function costs by the argument: with 300 variables of 160 numbers Adam takes it 16 ms and
 8 s to compile, TensorFlow's kernels 12 ms and 2 s. The formulas are Keras's: its ``epsilon`` is
-outside of the bias correction, as the kernel's is.
+outside of the bias correction, as the kernel's is. Only one minus beta is taken in float32 there
+(1.3e-5 of it at 0.999). With few large variables they gain 10 % over XLA, too little for that, and
+lose where gradients are multiplied, which is a pass of its own before a kernel.
 """
 
 from __future__ import annotations

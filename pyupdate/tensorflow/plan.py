@@ -2,9 +2,13 @@
 """A plan: one optimizer with one set of gradients, traced once and compiled.
 
     norm, finite check, multiplier      TensorFlow's kernels      measure.py
-    tf.cond on the check                outside of XLA
+    a decision on the check             outside of XLA
       the optimizer's step, unchanged   XLA                       `Plan._apply`
     the loss scale                      after the step
+
+Called eagerly on a CPU, these are functions of their own and the decision is Python's. Anywhere
+else they are one function and the decision a ``tf.cond``: whoever calls may be tracing, and a GPU
+should not be waited for. With 60 variables the ``tf.cond`` and a function in a function cost 1 ms.
 
 The optimizer is traced as it is, whichever subclass it is. A plan does not keep it alive. What XLA
 does not take runs as a plain TensorFlow function, with one line in the log that says why.
@@ -68,8 +72,8 @@ class Plan:
         self.checks = options.skip_nonfinite or (scale is not None and scale.counter is not None)
         self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
         self.accumulates = options.accumulation_steps > 1
-        self._concrete: Any = None
-        self._captured: list[Any] = []
+        self.in_parts = self.measures and not self.accumulates and _on_cpu(variables)
+        self._traced: dict[str, Traced] = {}
         self._said: list[str] = []
         self.compiled = self._can_compile()
         simple = not halves.pairs and options.ema_decay is None
@@ -91,45 +95,62 @@ class Plan:
         if tf.config.functions_run_eagerly():
             self._say("tf.config.run_functions_eagerly is on: nothing is compiled")
             return self._step(*inputs)
-        if self._concrete is None:
-            self._trace(inputs)
         if not tf.executing_eagerly():
-            return self._concrete(*inputs)
+            return self._whole_function(inputs)(inputs)
+        run = self._run_in_parts if self.in_parts else self._run
         try:
-            return self._run(inputs)
+            return run(inputs)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
             if not self.compiled or not any(text in str(error) for text in REFUSALS):
                 raise
-            self.compiled = False
-            self._say(f"XLA refuses it ({str(error).strip().splitlines()[0][:200]})")
-            self._trace(inputs)
-            return self._run(inputs)
+            self._give_up_xla(f"XLA refuses it ({str(error).strip().splitlines()[0][:200]})")
+            return run(inputs)
 
     def _run(self, inputs: list[Any]) -> Any:
-        # With 300 variables the public call takes 14 ms and this 10: it packs no arguments.
-        return self._concrete._call_flat(inputs, self._captured)
+        return self._whole_function(inputs)(inputs)
 
-    def _trace(self, inputs: Sequence[Any]) -> None:
+    def _run_in_parts(self, inputs: list[Any]) -> Any:
+        grads = inputs[: len(self.variables)]
+        norm, multiplier, smallest, finite = self._function("measure", self._measure, inputs)(
+            inputs
+        )
+        if not finite:  # what it waits for is there: a CPU's functions return when they are done
+            self._function("skip", self._skip, [])([])
+            return norm, tf.constant(1.0), smallest
+        moved = [*grads, multiplier]
+        self._function("move", self._move, moved, jit=True)(moved)
+        return norm, tf.constant(0.0), smallest
+
+    def _whole_function(self, inputs: Sequence[Any]) -> Traced:
+        if self.measures or self.accumulates or self.scale is not None:
+            return self._function("whole", self._step, inputs)
+        # nothing to do outside of XLA: one function, not two
+        return self._function("whole", self._only_apply, inputs, jit=True)
+
+    def _function(
+        self, name: str, text: Callable[..., Any], inputs: Sequence[Any], *, jit: bool = False
+    ) -> Traced:
+        """One of the plan's functions, traced when it is first called."""
+        found = self._traced.get(name)
+        if found is not None:
+            return found
         shapes = [variable.shape for variable in self.variables]
-        shapes += [tf.TensorShape([])] * (len(inputs) - len(shapes))
+        shapes += [given.shape for given in inputs[len(shapes) :]]
         specs = [
-            tf.TensorSpec(shape, given.dtype) for shape, given in zip(shapes, inputs, strict=True)
+            tf.TensorSpec(shape, given.dtype) for shape, given in zip(shapes, inputs, strict=False)
         ]
         with tf.init_scope():
-            whole = self._step
-            if not (self.measures or self.accumulates or self.scale is not None):
-                whole = self._only_apply  # nothing to do outside of XLA: one function, not two
-                made = tf.function(whole, jit_compile=self._jits, autograph=False)
-            else:
-                made = tf.function(whole, autograph=False)
-            concrete = made.get_concrete_function(*specs)
-            if self._jits and (refused := _refused(concrete.graph)):
-                self.compiled = False
-                self._say(f"XLA does not run {refused}")
-                self._trace(inputs)
-                return
-        self._concrete = concrete
-        self._captured = list(concrete.captured_inputs)
+            found = Traced(text, specs, jit=jit and self._jits)
+        if self._jits and (refused := _refused(found.graph)):
+            self._give_up_xla(f"XLA does not run {refused}")
+            return self._function(name, text, inputs)
+        self._traced[name] = found
+        return found
+
+    def _give_up_xla(self, why: str) -> None:
+        self.compiled = False
+        self._traced.clear()
+        self._say(why)
 
     @property
     def _jits(self) -> bool:
@@ -166,10 +187,32 @@ class Plan:
         self._apply(list(grads), None)
         return ()
 
+    def _measure(self, *inputs: Any) -> tuple[Any, ...]:
+        found = self._measured(list(inputs[: len(self.variables)]), self._unscale(inputs))
+        finite = tf.constant(True) if found.finite is None else found.finite
+        return found.norm, found.multiplier, _smallest(found.multiplier), finite
+
+    def _move(self, *inputs: Any) -> None:
+        """The step and what comes after it, where all is finite."""
+        *grads, multiplier = inputs
+        self._apply(grads, multiplier)
+        if self.scale is not None:
+            self.scale.move(tf.constant(True))
+
+    def _skip(self) -> None:
+        """What comes in the place of a step."""
+        self._skipped()
+        if self.scale is not None:
+            self.scale.move(tf.constant(False))
+
+    def _unscale(self, inputs: Sequence[Any]) -> Any:
+        return tf.constant(1.0) if self.scale is None else 1.0 / inputs[len(self.variables)]
+
+    def _measured(self, grads: list[Any], unscale: Any) -> measure.Measured:
+        return measure.measured(grads, unscale, self.options, self.clips, check=self.checks)
+
     def _step(self, *inputs: Any) -> tuple[Any, ...]:
-        count = len(self.variables)
-        grads = list(inputs[:count])
-        unscale = tf.constant(1.0) if self.scale is None else 1.0 / inputs[count]
+        grads, unscale = list(inputs[: len(self.variables)]), self._unscale(inputs)
         if not self.accumulates:
             return self._whole(grads, unscale)
         ready = self.state.add(grads, unscale, self.options.accumulation_steps)
@@ -193,7 +236,7 @@ class Plan:
             multiplier = None if self.scale is None else unscale
             self._inner(grads, multiplier)
             return ()
-        found = measure.measured(grads, unscale, self.options, self.clips, check=self.checks)
+        found = self._measured(grads, unscale)
         if found.finite is None:
             self._inner(grads, found.multiplier)
             skipped = tf.constant(0.0)
@@ -207,10 +250,7 @@ class Plan:
             if self.scale is not None:
                 self.scale.move(found.finite)
             skipped = tf.where(found.finite, 0.0, 1.0)
-        multiplier = found.multiplier
-        if multiplier.shape.rank == 1:
-            multiplier = tf.reduce_min(multiplier)
-        return found.norm, skipped, multiplier
+        return found.norm, skipped, _smallest(found.multiplier)
 
     def _inner(self, grads: list[Any], multiplier: Any) -> None:
         arguments = [*grads] if multiplier is None else [*grads, multiplier]
@@ -258,6 +298,37 @@ class Plan:
         optimizer = self._optimizer()
         assert optimizer is not None  # who calls us holds it
         return optimizer
+
+
+class Traced:
+    """A function, traced once for these inputs.
+
+    With 300 variables the public call takes 14 ms and this 10: it packs no arguments.
+    """
+
+    def __init__(self, text: Callable[..., Any], specs: Sequence[Any], *, jit: bool) -> None:
+        made = tf.function(text, jit_compile=jit or None, autograph=False)
+        self._concrete = made.get_concrete_function(*specs)
+        self._captured = list(self._concrete.captured_inputs)
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        """Call it, or have it called where somebody traces."""
+        if tf.executing_eagerly():
+            return self._concrete._call_flat(inputs, self._captured)
+        return self._concrete(*inputs)
+
+    @property
+    def graph(self) -> Any:
+        """What was traced."""
+        return self._concrete.graph
+
+
+def _on_cpu(variables: Sequence[Any]) -> bool:
+    return all("CPU" in variable.device for variable in variables)
+
+
+def _smallest(multiplier: Any) -> Any:
+    return tf.reduce_min(multiplier) if multiplier.shape.rank == 1 else multiplier
 
 
 def _refused(graph: Any) -> str:

@@ -61,15 +61,18 @@ def update(
             there = list(range(len(owners)))
         dense = [gradients.dense(grads[i], variables[i]) for i in there]
         if not defer:
-            apply(model, name, [owners[i] for i in there], dense, scale)
+            apply(
+                model, name, [owners[i] for i in there], [variables[i] for i in there], dense, scale
+            )
             return
     assert deferred is not None  # check_deferred
     held = [owners[i] for i in there]
+    stepped = [variables[i] for i in there]
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def deferred_update() -> None:
         with gradients.not_recorded(tape):
-            apply(model, name, held, dense, scale)
+            apply(model, name, held, stepped, dense, scale)
 
     deferred.setdefault(name, []).append(deferred_update)
 
@@ -109,11 +112,26 @@ def optimizer_of(model: Any, name: str) -> Any:
     raise ValueError(message)
 
 
-def apply(model: Any, name: str, owners: Sequence[Any], grads: Sequence[Any], scale: Any) -> None:
-    """Step the optimizer that the model has now on dense gradients of these variables."""
+def apply(
+    model: Any,
+    name: str,
+    owners: Sequence[Any],
+    variables: Sequence[Any],
+    grads: Sequence[Any],
+    scale: Any,
+) -> None:
+    """Step the optimizer that the model has now on dense gradients of these variables.
+
+    Args:
+        model: whose they are.
+        name: its name.
+        owners: the model's variables.
+        variables: the ``tf.Variable`` of each: Keras asks 2 us for one.
+        grads: dense, one of each.
+        scale: what the gradients are scaled by; None where they are not.
+    """
     optimizer = optimizer_of(model, name)
     inner = optimizers.stepped(optimizer)
-    variables = [optimizers.tf_variable(owner) for owner in owners]
     options = options_of(model)
     scaling = loss_scale.of(optimizer)
     if replicas.count() > 1:
