@@ -23,6 +23,8 @@ from .language import Before, Initial, Rule, RuleError, Text, analyse, divide
 
 _GIVEN = ("param", "grad", "step", "numel")
 _KEPT = ("ema",)  # under which an average stands beside the state
+RESERVED = ("params", "maximize", "differentiable", "capturable", "foreach", "fused", "accumulated")
+"""Names in an optimizer's group that mean something to torch or to pyupdate."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -192,6 +194,9 @@ def rule(
         touched = {name for s in checked.stages for name in (*s.elements, *s.writes)}
         if unused := [name for name in state if name not in touched]:
             raise error_at(text, first, f"state {unused} is taken by no function of the rule")
+        if taken := [name for name in checked.numbers if name in RESERVED]:
+            message = f"the numbers {taken} have names that every optimizer keeps for itself"
+            raise error_at(text, first, f"{message}; choose others")
         for name, value in (defaults or {}).items():
             if name not in checked.numbers:
                 there = ", ".join(checked.numbers) or "none"

@@ -44,6 +44,7 @@ def drain(deferred: MutableMapping[str, list[Callable[[], None]]]) -> None:
 
     Raises:
         ValueError: it is no mapping of lists of callables; nothing was made.
+        RuntimeError: one of its callables drains it again.
         What the callable raises that fails. It and what comes after it stay in the dict and wait;
         what came before was made and is gone.
 
@@ -58,6 +59,24 @@ def drain(deferred: MutableMapping[str, list[Callable[[], None]]]) -> None:
         ({}, None)
     """
     _check(deferred)
+    if id(deferred) in _drained:
+        message = (
+            "drain was called for a dict that is being drained: by one of its own callables, which "
+            "would be called again, or by another thread; leave that call out"
+        )
+        raise RuntimeError(message)
+    _drained.add(id(deferred))
+    try:
+        _make_all(deferred)
+    finally:
+        _drained.discard(id(deferred))
+
+
+_drained: set[int] = set()
+"""The ids of the dicts that are being drained."""
+
+
+def _make_all(deferred: MutableMapping[str, list[Callable[[], None]]]) -> None:
     order = [(name, update) for name, updates in deferred.items() for update in updates]
     for kind, run in groupby(order, key=lambda entry: type(entry[1])):
         entries = list(run)

@@ -121,7 +121,7 @@ def test_to_the_bit(case: Case, backend):
     for window in parts:
         param.grad = None
         for part in window:
-            param.grad = part.clone() if param.grad is None else param.grad + part
+            param.grad = part.clone() if param.grad is None else param.grad.add_(part)
             optimizer.step()
         last = last_step(optimizer)
         assert last is not None
@@ -332,3 +332,95 @@ def test_a_loaded_window_without_gradients_is_closed(steps, backend):
     resumed = pyupdate.optim.SGD([other], lr=1.0, accumulation_steps=steps)
     resumed.load_state_dict(saved)
     assert POSITION not in resumed.param_groups[0]
+
+
+def test_the_models_zero_grad_in_a_loop_of_ones_own_is_refused(backend):
+    model, twin, other = pair(ADAMW)
+    optimizer = model.current_optimizer
+    for turn in range(2):
+        optimizer.zero_grad()
+        loss_of(model, turn).mean().backward()
+        if turn == 0:
+            optimizer.step()
+            model.zero_grad()
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match="1 of accumulation_steps=3 micro-batches were counted"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    for turn in range(K):  # the window was given up, so the first zero_grad drops
+        optimizer.zero_grad()
+        loss_of(model, turn).mean().backward()
+        optimizer.step()
+    torchs_window(twin, other, range(K), None)
+    close(model, twin)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_gradients_that_have_gradients_are_other_tensors_and_the_same_window(backend):
+    param, linear = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+    optimizer = pyupdate.optim.SGD([param, linear], lr=0.25, accumulation_steps=4)
+    for _ in range(4):
+        (param * param + linear).sum().backward(create_graph=True)
+        optimizer.step()
+    assert (param.tolist(), linear.tolist()) == ([0.5], [-0.25])
+    param.grad = linear.grad = None  # a graph that holds itself
+
+
+def test_a_group_is_added_between_windows(backend):
+    param, optimizer = own_loop()
+    late = nn.Parameter(torch.zeros(1))
+    param.sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="1 of accumulation_steps=4 micro-batches were counted"):
+        optimizer.add_param_group({"params": [late]})
+    assert len(optimizer.param_groups) == 1
+    for _ in range(3):
+        param.sum().backward()
+        optimizer.step()
+    assert param.tolist() == [-1.0]
+    optimizer.zero_grad()
+    optimizer.add_param_group({"params": [late]})
+    for _ in range(4):
+        (param + 2.0 * late).sum().backward()
+        optimizer.step()
+    assert (param.tolist(), late.tolist()) == ([-2.0], [-2.0])
+
+
+def test_a_loaded_window_does_not_count_gradients_that_were_stepped(backend):
+    param, optimizer = own_loop()
+    for turn in range(4):
+        (param * 2.0).sum().backward()
+        optimizer.step()
+        if turn == 2:
+            saved = copy.deepcopy(optimizer.state_dict())
+    assert param.tolist() == [-2.0]
+    optimizer.load_state_dict(saved)  # says 3, but what is in .grad was stepped
+    assert POSITION not in optimizer.param_groups[0]
+    for _ in range(4):
+        optimizer.zero_grad()
+        (param * 2.0).sum().backward()
+        optimizer.step()
+    assert param.tolist() == [-4.0]
+
+
+def test_a_loaded_count_does_not_replace_that_of_gradients_in_place(backend):
+    param, optimizer = own_loop()
+    saved = None
+    for _ in range(5):
+        (param * 2.0).sum().backward()
+        optimizer.step()
+        if saved is None or optimizer.param_groups[0].get(POSITION) == 3:
+            saved = copy.deepcopy(optimizer.state_dict())
+        if POSITION not in optimizer.param_groups[0]:
+            optimizer.zero_grad()
+    assert saved is not None
+    optimizer.load_state_dict(saved)  # says 3; one micro-batch is in .grad
+    assert optimizer.param_groups[0][POSITION] == 1
+    assert param.grad is not None
+    with torch.no_grad():
+        param.grad.copy_(torch.tensor([6.0]))  # the saved window's own gradients
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][POSITION] == 3
+    (param * 2.0).sum().backward()
+    optimizer.step()
+    assert param.tolist() == [-4.0]

@@ -240,9 +240,11 @@ def test_bad_arguments_have_torchs_words(arguments):
 def test_what_cannot_be_had_is_refused_by_name(option):
     param = nn.Parameter(torch.ones(2, 2))
     param.grad = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=f"Adafactor cannot be had with {next(iter(option))}"):
-        Adafactor([param], **option).step()
-    assert param.tolist() == [[1.0, 1.0]] * 2
+    words = f"Adafactor cannot be had with {next(iter(option))}"
+    with pytest.raises(ValueError, match=words):
+        Adafactor([param], **option)
+    with pytest.raises(ValueError, match=words):
+        pyupdate.accelerate(torch.optim.Adafactor([param]), **option)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +268,36 @@ def test_state_that_does_not_fit_is_refused_before_anything_is_written(change, w
         optimizer.step()
     assert torch.equal(param, before)
     assert float(optimizer.state[param]["step"]) == 1.0
+
+
+@pytest.mark.parametrize("key", ["row_var", "col_var"])
+@pytest.mark.parametrize("other", ["state", "parameter", "gradient", "itself"])
+def test_state_that_shares_memory_is_refused_before_anything_is_written(key, other, backend):
+    params = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    optimizer = Adafactor(params)
+    for param in params:
+        param.grad = torch.ones(2, 2)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    shape, strides = state[key].shape, state[key].stride()
+    of = {
+        "state": optimizer.state[params[1]][key],
+        "parameter": params[1].detach(),
+        "gradient": params[0].grad,
+        "itself": torch.ones(1).expand(2),
+    }[other]
+    assert of is not None
+    kept = state[key]
+    state[key] = of.as_strided(shape, (0, 0) if other == "itself" else strides)
+    before = [param.detach().clone() for param in params]
+    words = "overlaps itself" if other == "itself" else "shares memory with|lies in the memory of"
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert [float(optimizer.state[param]["step"]) for param in params] == [1.0, 1.0]
+    state[key] = kept
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 2.0
 
 
 # ----- what every optimizer has -------------------------------------------------------------------

@@ -112,3 +112,20 @@ def test_what_is_no_dict_of_lists_is_refused(wrong, words, backend):
     with pytest.raises(ValueError, match=words):
         drain(deferred)
     assert all(map(torch.equal, before, models[0].parameters()))
+
+
+def test_a_callable_that_drains_its_own_dict_is_refused(backend):
+    waiting: dict[str, Any] = {}
+    made: list[int] = []
+
+    def drains_again() -> None:
+        made.append(1)
+        drain(waiting)
+
+    waiting["mine"] = [lambda: made.append(0), drains_again, lambda: made.append(2)]
+    with pytest.raises(RuntimeError, match="a dict that is being drained"):
+        drain(waiting)
+    assert made == [0, 1]
+    waiting["mine"][0] = lambda: drain({})  # another dict's drain is nobody's concern
+    drain(waiting)
+    assert made == [0, 1, 2] and not waiting

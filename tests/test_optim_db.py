@@ -35,7 +35,7 @@ WITHOUT_A_RULE = {
 """Torch's optimizers that pyupdate has no class for."""
 
 LEFT_OUT = {
-    "capturable": "torch's loop has no such step on the CPU; ours makes the step without it",
+    "capturable": "no step on the CPU: refused with torch's error, see test_capturable_is_refused",
     "complex": "refused, by name of the parameter: see test_complex_and_sparse_are_refused",
     "sparse": "refused, by name of the gradient: see test_complex_and_sparse_are_refused",
     "does not support complex parameters": "an error of the db's that every class here words alike",
@@ -204,7 +204,7 @@ def test_steps_are_those_of_torchs_loop(info, said, options, dtype, scalars_of):
 
 @every_configuration
 def test_what_makes_no_difference(info, said, options):
-    flags = [{"capturable": True}] if options.get("capturable") else []
+    flags = []
     plain_lr = not any(isinstance(value, torch.Tensor) for value in options.values())
     if plain_lr and "foreach" in info.supported_impls:  # else an error: see below
         flags.append({"foreach": True})
@@ -217,6 +217,24 @@ def test_what_makes_no_difference(info, said, options):
         for key, values in plain.items():
             for value, other in zip(values, flagged[key], strict=True):
                 assert_same_bits(other, value.numpy(), f"{flag}, {key}")
+
+
+@pytest.mark.parametrize(
+    "info", [row for row in INFOS if COUNTS[row.name][1]], ids=lambda info: info.name
+)
+def test_capturable_is_refused(info):
+    said = []
+    for kind in (DROP_INS[info.optim_cls], info.optim_cls):
+        param = torch.nn.Parameter(torch.ones(2))
+        optimizer = kind([param], capturable=True)
+        optimizer.step()  # there is no gradient to step by
+        param.grad = torch.ones(2)
+        with pytest.raises(AssertionError) as caught:
+            optimizer.step()
+        said.append(str(caught.value))
+        assert param.tolist() == [1.0, 1.0]
+    first, devices = "If capturable=True, params", "must be on supported devices: ['cuda'"
+    assert all(text.startswith(first) and devices in text for text in said)
 
 
 @pytest.mark.parametrize(

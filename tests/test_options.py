@@ -91,8 +91,12 @@ def with_option(taker: Any, **options: Any) -> Options:
     return options_of(taker(params, **options))
 
 
-REFUSING = {(pyupdate.optim.Muon, "ema_decay"), (pyupdate.optim.Adafactor, "ema_decay")}
-"""What comes after their passes, the average would not see."""
+REFUSING = {
+    (pyupdate.optim.Muon, "ema_decay"),
+    (pyupdate.optim.Adafactor, "ema_decay"),
+    (pyupdate.optim.Adafactor, "stochastic_rounding"),
+}
+"""What comes after their passes, the average would not see; nor what rounds by chance there."""
 
 
 def test_every_option_is_tried_here():

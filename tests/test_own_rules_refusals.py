@@ -147,3 +147,13 @@ def test_a_rule_without_a_readable_text_is_refused():
     exec(compile("def hidden(param, lr):\n    return param\n", __file__, "exec"), made)
     with pytest.raises(RuleError, match="in hidden: the text of this function cannot be read"):
         pyupdate.rule(made["hidden"])
+
+
+def test_a_number_with_a_reserved_name_is_refused_with_its_line():
+    def text(param, grad, lr, accumulated):
+        param = param - lr * accumulated * grad
+        return param  # noqa: RET504
+
+    line = text.__code__.co_firstlineno
+    with pytest.raises(RuleError, match=rf"{line}.*\['accumulated'\] have names that every"):
+        pyupdate.rule(text)

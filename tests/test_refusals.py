@@ -194,11 +194,20 @@ def test_memory_shared_with_a_parameter_that_is_not_stepped_is_fine(way, backend
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("betas", (0.9,), r"'betas' is \(0\.9,\), so rule 'adamw' has no number 'beta2'"),
-        ("lr", "x", "'lr' is 'x'"),
-        ("lr", torch.tensor([0.1, 0.2]), r"'lr' is tensor\(\[0\.1000, 0\.2000\]\)"),
-        ("eps", None, "'eps' is None"),
-        ("eps", KeyError, "'eps' is missing"),
+        (
+            "betas",
+            (0.9,),
+            r"'betas' of parameter group 0 is \(0\.9,\), so rule 'adamw' has no number 'beta2'",
+        ),
+        ("lr", "x", "'lr' of parameter group 0 is 'x'"),
+        (
+            "lr",
+            torch.tensor([0.1, 0.2]),
+            r"'lr' of parameter group 0 is tensor\(\[0\.1000, 0\.2000\]\)",
+        ),
+        ("eps", None, "'eps' of parameter group 0 is None"),
+        ("eps", KeyError, "'eps' of parameter group 0 is missing"),
+        ("amsgrad", KeyError, "'amsgrad' of parameter group 0 is missing, so AdamW knows no rule"),
     ],
 )
 def test_a_group_without_a_number_is_refused_by_name(key, value, says, backend):
@@ -211,3 +220,16 @@ def test_a_group_without_a_number_is_refused_by_name(key, value, says, backend):
     with pytest.raises(ValueError, match=says):
         optimizer.step()
     assert param.tolist() == [1.0, 1.0] and not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("Muon", "eps"), ("Muon", "adjust_lr_fn"), ("Adafactor", "eps")]
+)
+def test_a_group_without_what_a_composite_reads_last_is_refused_first(name, key, backend):
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = getattr(pyupdate.optim, name)([param])
+    param.grad = torch.ones(2, 2)
+    del optimizer.param_groups[0][key]
+    with pytest.raises(ValueError, match=f"'{key}' of parameter group 0 is missing"):
+        optimizer.step()
+    assert param.tolist() == [[1.0, 1.0]] * 2 and not optimizer.state

@@ -25,7 +25,7 @@ from ..options import LastUpdate
 from ..pytorch import checks
 from ..pytorch import state as states
 from ..pytorch import step as engine
-from ..pytorch.rows import Group, Row, has_state, numbers_of
+from ..pytorch.rows import Group, Row, has_state, numbers_of, require
 from .planned import Planned, planned
 
 # Elements of a stack: 4 MiB of float32, and some five times that for what is made of it.
@@ -45,21 +45,38 @@ def _state_shapes(param: Tensor) -> dict[str, tuple[int, ...]]:
 
 
 def _check(optimizer: Any, rows: Sequence[Row]) -> None:
-    """Refuse an option that cannot be had, and state that does not fit, before anything is done."""
-    if engine.options_of(optimizer).stochastic_rounding:
-        message = (
-            f"{type(optimizer).__name__} cannot be had with stochastic_rounding: leave one of them "
-            "out, or keep the state of half parameters in float32 with state_dtype"
-        )
-        raise ValueError(message)
+    """Refuse groups and state that do not fit, before anything is done."""
+    for index, group in enumerate(optimizer.param_groups):
+        require(group, index, ("eps", "d"))
+    touched: list[checks.Memory] = []
     for row in rows:
         inner = optimizer.state.get(row.param)
         shapes = _state_shapes(row.param)
-        if row.param.grad is None or not has_state(inner, ("step", *shapes), row.name):
+        if row.param.grad is None:
+            continue
+        checks.check_gradient(row.param, row.param.grad, row.name)
+        grad = f"the gradient of '{row.name}'"
+        touched.append(checks.Memory(f"parameter '{row.name}'", row.param, written=True))
+        touched.append(checks.Memory(grad, row.param.grad, written=False))
+        if not has_state(inner, ("step", *shapes), row.name):
             continue
         for key, shape in shapes.items():
             checks.check_state(row.param.detach().new_empty(shape), inner[key], key, row.name)
         checks.check_one_dtype({key: inner[key] for key in shapes}, row.name)
+        touched += [
+            checks.Memory(f"state '{key}' of '{row.name}'", inner[key], written=True)
+            for key in ("step", *shapes)
+        ]
+    _check_memory(engine.engine_of(optimizer), touched)
+
+
+def _check_memory(kept: engine.Engine, touched: Sequence[checks.Memory]) -> None:
+    """Refuse memory that is shared; asked again only where a tensor lies elsewhere than before."""
+    places = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for _, t, _ in touched]
+    if kept.vouched != places:
+        kept.vouched = None
+        checks.check_memory(touched)
+        kept.vouched = places
 
 
 @torch.no_grad()
@@ -179,7 +196,14 @@ def _wide(value: float, like: Tensor) -> Tensor:
 
 
 # Torch's loop takes a third of the time on large matrices (12 of 1024 x 1024: 50 ms and 150).
-@planned(_adafactor, counts_steps=True, check=_check, finish=_finish, unasked=False)
+@planned(
+    _adafactor,
+    counts_steps=True,
+    check=_check,
+    finish=_finish,
+    lacks=("ema_decay", "stochastic_rounding"),
+    unasked=False,
+)
 class Adafactor(Planned, torch.optim.Adafactor):
     """``torch.optim.Adafactor`` (Shazeer and Stern 2018, arXiv:1804.04235).
 

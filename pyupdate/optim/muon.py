@@ -28,7 +28,7 @@ from ..kernels.composite import muon_direction, muon_move
 from ..kernels.language import Rule
 from ..options import LastUpdate
 from ..pytorch import step as engine
-from ..pytorch.rows import Group, Row
+from ..pytorch.rows import Group, Row, require
 from .planned import Planned, planned
 
 # Elements of a stack: 64 MiB of bfloat16, and four times that for what it is made of.
@@ -62,6 +62,12 @@ def _check_shape(param: Tensor, flatten_trailing: bool) -> None:
             f"{param.size()}"
         )
     raise ValueError(message)
+
+
+def _check(optimizer: Any, _: Sequence[Row]) -> None:
+    """Refuse a group without what only the end of a step reads, before anything is done."""
+    for index, group in enumerate(optimizer.param_groups):
+        require(group, index, ("lr", "weight_decay", "nesterov", "eps", "adjust_lr_fn"))
 
 
 @torch.no_grad()
@@ -139,7 +145,7 @@ def _number(value: float, like: Tensor) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64).to(like)
 
 
-@planned(_muon, counts_steps=False, finish=_finish)
+@planned(_muon, counts_steps=False, finish=_finish, check=_check, lacks=("ema_decay",))
 class Muon(Planned, torch.optim.Muon):
     """``torch.optim.Muon``; every parameter is a matrix.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..kernels.language import Rule
-from ..kernels.own import OwnRule
+from ..kernels.own import RESERVED, OwnRule
 from ..options import PARAMETERS
 from ..pytorch import step as engine
 from ..pytorch.rows import OptimizerRow
@@ -73,8 +73,6 @@ class RuleOptimizer(Planned, metaclass=_MadeOfRules):
 
 
 _made: dict[int, type[RuleOptimizer]] = {}
-# Names in a group that mean something to torch or to us, and so can be no number of a rule.
-_TAKEN = ("params", "maximize", "differentiable", "capturable", "foreach", "fused", "accumulated")
 
 
 def from_rule(rule: Rule) -> type[RuleOptimizer]:
@@ -116,7 +114,7 @@ def from_rule(rule: Rule) -> type[RuleOptimizer]:
     known = _made.get(id(rule))
     if known is not None:
         return known
-    if taken := [name for name in rule.numbers if name in (*_TAKEN, *_OPTIONS)]:
+    if taken := [name for name in rule.numbers if name in (*RESERVED, *_OPTIONS)]:
         message = (
             f"rule '{rule.name}': the numbers {taken} have names that every optimizer keeps for "
             "itself; choose others"

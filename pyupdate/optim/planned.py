@@ -42,14 +42,15 @@ def planned(
     counts_steps: bool,
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None,
     check: Callable[[Any, Sequence[Row]], None] | None = None,
+    lacks: tuple[str, ...] = (),
     unasked: bool = True,
 ) -> Callable[[_P], _P]:
     """Declare of a class which rule steps its groups, and whether it keeps ``state[p]["step"]``.
 
-    `finish`, `check` and `unasked` are what `OptimizerRow` says.
+    `finish`, `check`, `lacks` and `unasked` are what `OptimizerRow` says.
     A class on one of ``torch.optim`` also becomes what `accelerate` makes of that one.
     """
-    row = OptimizerRow(rule, counts_steps, finish, check, unasked)
+    row = OptimizerRow(rule, counts_steps, finish, check, lacks, unasked)
 
     def declare(cls: _P) -> _P:
         engine.ROWS[cls] = row
@@ -142,14 +143,28 @@ class Planned(Optimizer):
 
         As torch's, but that float32 state of bfloat16 and float16 parameters stays float32, and
         with ``state_dtype`` all of it becomes float32. An open window of ``accumulation_steps``
-        goes on only where its gradients are in `.grad` already.
+        goes on only where its gradients were put into `.grad` before; gradients that this optimizer
+        has counted itself keep its own count.
 
         Args:
             state_dict: what ``state_dict()`` returned.
         """
+        before = accumulation.positions_of(self)
         with state.kept_on_load(self, engine.options_of(self).state_dtype):
             super().load_state_dict(state_dict)
-        accumulation.check_loaded(self)
+        accumulation.check_loaded(self, before)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; between two windows of ``accumulation_steps`` only.
+
+        Args:
+            param_group: as in torch.
+
+        Raises:
+            ValueError: a window is open, whose micro-batches the new gradients would not hold.
+        """
+        accumulation.check_new_group(self)
+        super().add_param_group(param_group)
 
     def _is_differentiable(self) -> bool:
         return any(group.get("differentiable", False) for group in self.param_groups)

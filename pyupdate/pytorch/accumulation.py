@@ -8,6 +8,7 @@ number in its one multiplier. Between two steps nothing of the optimizer is writ
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,8 +73,28 @@ class Window:
 
     def count(self, scaler: torch.amp.GradScaler | None) -> None:
         """Make no step yet."""
-        step.check_not_swapped(step.engine_of(self._optimizer))
+        engine = step.engine_of(self._optimizer)
+        step.check_not_swapped(engine)
         amp.count(scaler, self._optimizer)
+        engine.counted = Counted(self._optimizer)
+
+    def check_kept(self) -> None:
+        """Refuse gradients that hold fewer micro-batches than were counted; the window is given up.
+
+        Raises:
+            RuntimeError: a gradient that was counted is gone, or another tensor.
+        """
+        counted = step.engine_of(self._optimizer).counted
+        if self.position == 0 or counted is None or counted.are_kept():
+            return
+        count, self.position = self.position, 0
+        message = (
+            f"{count} of accumulation_steps={self.length} micro-batches were counted, but their "
+            "gradients are not in .grad any more: inside a window call optimizer.zero_grad(), "
+            "which keeps them, not model.zero_grad(), and add to .grad in place. The window was "
+            "given up: drop its gradients with zero_grad() and begin anew"
+        )
+        raise RuntimeError(message)
 
     @contextmanager
     def mean(self) -> Iterator[None]:
@@ -88,6 +109,41 @@ class Window:
         finally:
             engine.micro_batches = 1
         self.position = 0
+        engine.counted = Counted(self._optimizer)
+
+
+class Counted:
+    """The gradients that an optimizer has counted or stepped last, without keeping them alive."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._grads = [
+            (weakref.ref(param), weakref.ref(param.grad), param.grad._version)
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param.grad is not None and not param.grad.is_inference()
+        ]
+
+    def are_kept(self) -> bool:
+        """Whether all are in `.grad`, where a backward pass adds to them in place.
+
+        Autograd puts new tensors there where the sums can be differentiated themselves
+        (``create_graph=True``), or where one was sparse.
+        """
+        moved = differentiable = False
+        for param, grad, _ in self._grads:
+            found = param()
+            now = None if found is None else found.grad
+            if now is None:
+                return False
+            differentiable = differentiable or now.grad_fn is not None
+            moved = moved or (now is not grad() and not now.is_sparse)
+        return differentiable or not moved
+
+    def are_all(self, params: Sequence[torch.Tensor]) -> bool:
+        """Whether the gradients of these parameters are these, unchanged."""
+        known = {id(grad()): version for _, grad, version in self._grads}
+        grads = [param.grad for param in params if param.grad is not None]
+        return all(known.get(id(grad)) == grad._version for grad in grads)
 
 
 def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> Window | None:
@@ -114,12 +170,51 @@ def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> W
     return Window(optimizer, touched)
 
 
-def check_loaded(optimizer: Any) -> None:
-    """Close windows that a loaded state dict says are open, but whose gradients are not there."""
+def positions_of(optimizer: Any) -> list[int]:
+    """How many micro-batches each group has counted."""
+    return [group.get(POSITION, 0) for group in optimizer.param_groups]
+
+
+def check_loaded(optimizer: Any, before: Sequence[int]) -> None:
+    """Count, after a state dict was loaded, what is in the gradients, which loading leaves alone.
+
+    Gradients that are as this optimizer left them are what it has counted itself, so its own count
+    stays. Others were put there for the loaded window. Where there are none, none is open.
+
+    Args:
+        optimizer: which has loaded.
+        before: its `positions_of` before.
+    """
+    engine = step.engine_of(optimizer)
     windows = step.options_of(optimizer).accumulation_steps > 1
-    for group in optimizer.param_groups:
+    own = engine.counted
+    for group, position in zip(optimizer.param_groups, before, strict=True):
         if not windows or all(param.grad is None for param in group["params"]):
             group.pop(POSITION, None)
+        elif own is not None and own.are_all(group["params"]):
+            group.pop(POSITION, None)
+            if position:
+                group[POSITION] = position
+    engine.counted = None
+
+
+def check_new_group(optimizer: Any) -> None:
+    """Refuse a group that would join an open window with fewer micro-batches than it has.
+
+    Raises:
+        ValueError: a window is open.
+    """
+    for group in optimizer.param_groups:
+        count = group.get(POSITION, 0)
+        if count and any(param.grad is not None for param in group["params"]):
+            length = step.options_of(optimizer).accumulation_steps
+            message = (
+                f"a parameter group was added in an open window, when {count} of "
+                f"accumulation_steps={length} micro-batches were counted: its gradients would be "
+                "divided by micro-batches that they do not hold. Add it between windows, or drop "
+                "this one's gradients first with model.zero_grad()"
+            )
+            raise ValueError(message)
 
 
 def micro_step(
@@ -129,6 +224,7 @@ def micro_step(
     engine = step.engine_of(optimizer)
     enabled = scaler if amp.is_enabled(scaler) else None
     window.check_scale(enabled)
+    window.check_kept()
     before = window.position
     if before + 1 < window.length:
         step.check_closure(closure, scaler)

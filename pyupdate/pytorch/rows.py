@@ -39,6 +39,7 @@ class OptimizerRow:
             they were not skipped: it gets the optimizer, the plan's rows and what the step did.
         check: what it refuses of the optimizer and the plan's rows before anything is done, beside
             what every step refuses.
+        lacks: the options that it cannot be had with.
         unasked: whether `update_model` steps a stock optimizer of torch's by it, too; not where
             torch's own step may be the faster one.
     """
@@ -47,6 +48,7 @@ class OptimizerRow:
     counts_steps: bool
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None
     check: Callable[[Any, Sequence[Row]], None] | None = None
+    lacks: tuple[str, ...] = ()
     unasked: bool = True
 
 
@@ -92,16 +94,16 @@ class Inputs:
         return [list(map(float, group)) for group in self.given]
 
 
-def numbers_of(rule: Rule, group: Group) -> list[float]:
-    """The sign of the gradient and the rule's numbers, read from a group.
+def numbers_of(rule: Rule, group: Group, index: int = 0) -> list[float]:
+    """The sign of the gradient and the rule's numbers, read from the group of this index.
 
     Raises:
         ValueError: one is not there, or no number.
     """
-    return list(map(float, given_by(rule, group)))
+    return list(map(float, given_by(rule, group, index)))
 
 
-def given_by(rule: Rule, group: Group) -> list[float | torch.Tensor]:
+def given_by(rule: Rule, group: Group, index: int = 0) -> list[float | torch.Tensor]:
     """What `numbers_of` reads, with a tensor of one float32 or float64 left as it is.
 
     A number that the group lacks is an element of a tuple: ``beta1`` is ``betas[0]``.
@@ -120,11 +122,26 @@ def given_by(rule: Rule, group: Group) -> list[float | torch.Tensor]:
             key = name if name in group else f"{name[:-1]}s" if name[-1:].isdigit() else name
             found = repr(group[key]) if key in group else "missing"
             message = (
-                f"a parameter group's {key!r} is {found}, so rule '{rule.name}' has no number "
-                f"{name!r}: set it to what the optimizer's constructor takes"
+                f"{key!r} of parameter group {index} is {found}, so rule '{rule.name}' has no "
+                f"number {name!r}: set it to what the optimizer's constructor takes"
             )
             raise ValueError(message) from error
     return numbers
+
+
+def require(group: Group, index: int, keys: Sequence[str]) -> None:
+    """Refuse a group that lacks what a step reads of it beside a rule's numbers.
+
+    Raises:
+        ValueError: names the group and the key.
+    """
+    for key in keys:
+        if key not in group:
+            message = (
+                f"{key!r} of parameter group {index} is missing: set it to what the optimizer's "
+                "constructor takes"
+            )
+            raise ValueError(message)
 
 
 def _is_number_of_a_tensor(value: object) -> bool:

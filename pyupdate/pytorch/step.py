@@ -48,6 +48,10 @@ class Engine:
     """Of how many the next step takes the mean."""
     window_scale: Any = ...
     """The scale of an open window's gradients, None without a scaler; ... where nobody knows."""
+    counted: Any = None
+    """The gradients of its last micro-batch (`accumulation.Counted`), None where nobody knows."""
+    vouched: Any = None
+    """Of an optimizer with memory that no plan sees: where it lay when it was last checked."""
     swapped: bool = False
     """Whether the parameters hold their averages, so that no step may be made."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -133,9 +137,10 @@ def check_options(kind: type[Optimizer], options: Options) -> None:
         ValueError: names both.
     """
     row = _row_of_class(kind)
-    if row is not None and row.finish is not None and options.ema_decay is not None:
-        message = f"{kind.__name__} cannot be had with ema_decay: leave one of them out"
-        raise ValueError(message)
+    for name in () if row is None else row.lacks:
+        if name in options.asked_for:
+            message = f"{kind.__name__} cannot be had with {name}: leave one of them out"
+            raise ValueError(message)
 
 
 _JOINABLE = frozenset({"max_norm", "norm_type", "clip_value", "skip_nonfinite", "state_dtype"})
@@ -327,16 +332,42 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
         assert row is not None
     groups = optimizer.param_groups
     rules = []
-    for group in groups:
-        rule = row.rule(group)
+    for index, group in enumerate(groups):
+        try:
+            rule = row.rule(group)
+        except KeyError as error:
+            name = type(optimizer).__name__
+            message = (
+                f"{error} of parameter group {index} is missing, so {name} knows no rule for it: "
+                "set it to what the optimizer's constructor takes"
+            )
+            raise ValueError(message) from error
+        if group.get("capturable", False):
+            _check_capturable(group)
         known = engine.rules.get(rule.name)
         if known is None:
             known = engine.rules[rule.name] = GroupRule(rule, row.counts_steps)
         rules.append(known)
-    numbers = [given_by(rule.rule, group) for rule, group in zip(rules, groups, strict=True)]
+    numbers = [given_by(rules[index].rule, group, index) for index, group in enumerate(groups)]
     options = options_of(optimizer)
     averages = options.ema_decay is not None
     return rules, Inputs(groups, optimizer.state, numbers, options.state_dtype, averages)
+
+
+def _check_capturable(group: Mapping[str, Any]) -> None:
+    """Refuse what a device cannot capture.
+
+    Raises:
+        AssertionError: torch's own words.
+    """
+    supported = torch_optimizer._get_capturable_supported_devices()
+    for param in group["params"]:
+        if param.grad is not None and param.device.type not in supported:
+            message = (
+                "If capturable=True, params and state_steps must be on supported devices: "
+                f"{supported}."
+            )
+            raise AssertionError(message)
 
 
 def _step_once(
