@@ -22,6 +22,7 @@ venv := $(VENV)/.stamp-venv
 tools := $(VENV)/.stamp-tools
 installed := $(VENV)/.stamp-installed
 tensorflow := $(VENV)/.stamp-tensorflow
+peers := $(VENV)/.stamp-peers
 pip := $(bin)/python -m pip --disable-pip-version-check
 compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
@@ -79,11 +80,17 @@ slow: $(installed) $(tensorflow)
 
 # Goes on where it was interrupted. BENCH=--quick, BENCH='--section rules --rule Lion' and others: benchmarks/run.py --help.
 BENCH ?=
-bench: $(installed)
+bench: $(installed) $(tensorflow) $(peers)
 	$(bin)/python benchmarks/run.py $(BENCH)
 
 bench-check: $(installed)
 	$(bin)/python benchmarks/gate.py
+
+# Without a library its rows say that it is absent; the next make tries again.
+$(peers): $(tools) constraints.txt benchmarks/requirements.txt
+	@missing=; grep -v '^#' benchmarks/requirements.txt | { while read -r line; do \
+	  $(pip) install -q -c constraints.txt --no-deps $$line </dev/null || { missing=1; echo "bench: SKIPPED: pip could not install $${line%% *}" >&2; }; \
+	done; if [ -z "$$missing" ]; then touch $@; fi; }
 
 predicted: $(installed)
 	$(bin)/python benchmarks/predicted.py

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +85,7 @@ ROWS = {
         },
         {},
         torch.float32,
+        consumes=True,
     ),
     "optimi": Peer(
         "optimi",
@@ -95,6 +98,7 @@ ROWS = {
         _same("Lion", "Adan", "AdEMAMix", "ADOPT", "StableAdamW", "NovoGrad", "RAdam", "LARS")
         | {"LAMB": "Lamb", "Adamax": "AdaMax"},
         {"weight_decouple": True},
+        consumes=True,
     ),
     # Where the rule adds eps to the denominator, it takes the larger of the two.
     "heavyball": Peer(
@@ -183,6 +187,10 @@ def defaults(rule: str) -> dict[str, Any]:
 
 
 def _of(peer: Peer, rule: str) -> Optimizer:
+    # DeepSpeed compiles its kernels when they are first used, with the ninja of this environment.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join((beside, os.environ["PATH"]))
     where, _, name = f"{peer.module}.{peer.classes[rule]}".rpartition(".")
     given = peer.given | ({"adamw_mode": False} if rule == "Adam" else {})
     kind = getattr(importlib.import_module(where), name)
