@@ -62,11 +62,13 @@ class RuleOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         }
 
     def _begun(self, name: str, initial: Any, variable: Any) -> Any:
-        value = 0.0 if initial == "param" else self._number(initial)
-        made = self.add_variable_from_reference(variable, name, self._constant(value))
-        if initial == "param":
-            made.assign(variable)
-        return made
+        # The value comes by the initializer: what a checkpoint restored before is not written over.
+        begin: Any = (
+            (lambda _shape, dtype: tf.cast(variable, dtype))
+            if initial == "param"
+            else self._constant(self._number(initial))
+        )
+        return self.add_variable_from_reference(variable, name, begin)
 
     def _number(self, initial: Any) -> float:
         return float(self.numbers[initial] if isinstance(initial, str) else initial)
@@ -170,7 +172,8 @@ class RuleOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         numbers = dict(given.pop("numbers"))
         if isinstance(numbers.get(_RATE), dict):
             numbers[_RATE] = keras.optimizers.schedules.deserialize(numbers[_RATE], custom_objects)
-        return from_rule(_found(given.pop("rule")), **numbers, **given)
+        rule = _found(given.pop("rule"), custom_objects)
+        return from_rule(rule, **numbers, **given)
 
 
 def from_rule(rule: Rule | str, **arguments: Any) -> RuleOptimizer:
@@ -187,7 +190,9 @@ def from_rule(rule: Rule | str, **arguments: Any) -> RuleOptimizer:
 
     Returns:
         A ``keras.optimizers.Optimizer``, for `pyupdate.update_model`, ``model.compile`` or a loop
-        of your own. It is saved with a model; a rule of your own must then be importable.
+        of your own. It is saved with a model. A rule of your own is kept by its module and name,
+        from which it is imported again; where that has none, give
+        ``load_model(..., custom_objects={"its name": rule})``.
 
     Raises:
         TypeError: `rule` is none; a number is missing or unknown.
@@ -250,10 +255,22 @@ def _identity(rule: Rule) -> str:
     return f"{rule.text.__module__}:{rule.text.__qualname__}"
 
 
-def _found(name: str) -> Rule:
+def _found(name: str, custom_objects: Mapping[str, Any] | None = None) -> Rule:
+    """The rule of that identity: Keras's custom objects come before what its module holds."""
     module, colon, inside = name.partition(":")
+    simple = inside.rpartition(".")[2]
+    given = keras.saving.get_registered_object(simple, custom_objects)
+    if isinstance(given, Rule):
+        return given
     if colon:
-        return rule_at(module, inside)
+        try:
+            return rule_at(module, inside)
+        except (ImportError, AttributeError, TypeError) as error:
+            message = (
+                f"the rule '{simple}', by which this optimizer steps, is not {inside} of "
+                f"module {module} ({error}): give custom_objects={{{simple!r}: the rule}}"
+            )
+            raise ValueError(message) from error
     if name not in RULES:
         message = f"no shipped rule is named {name!r}; there are {', '.join(RULES)}"
         raise ValueError(message)
