@@ -14,7 +14,7 @@ from typing import Any
 import costs
 import torch
 import training
-from matrix import WITH_PEERS, Cell
+from matrix import COMPILED, WITH_PEERS, Cell
 from proofs import COMPOSITE, check_composite
 
 import pyupdate
@@ -47,7 +47,6 @@ def measured(cell: Cell, *, seconds: float, scale: float = 1.0) -> Record:
     """
     with timing.settled(cell.threads):
         before = timing.calibrate()
-        others = timing.others()
         if cell.section == "training":
             found = training.measured(cell.of, seconds=seconds)
         elif cell.section == "costs":
@@ -62,7 +61,6 @@ def measured(cell: Cell, *, seconds: float, scale: float = 1.0) -> Record:
                 rounds=ROUNDS,
                 proof=proof(cell),
             )
-        taken = others()
         after = timing.calibrate()
     return {
         "key": cell.key,
@@ -71,7 +69,6 @@ def measured(cell: Cell, *, seconds: float, scale: float = 1.0) -> Record:
         "scale": scale,
         "calibration_ms": [1e3 * before, 1e3 * after],
         "moved": timing.moved(before, after),
-        "others": taken,
         "commit": commit(),
         "machine": timing.machine(cell.threads),
     }
@@ -90,6 +87,8 @@ def makers(cell: Cell) -> dict[str, Optimizer]:
         found[f"{OURS} in Python"] = on("reference", ours)
     if peers is not None and cell.section in ("kinds", "rules") and cell.of in WITH_PEERS:
         found |= peers.makers(cell.kind, cell.rule)
+        if (cell.section, cell.of, cell.kind) not in COMPILED:
+            found.pop(peers.COMPILED, None)
     return found | {OURS: ours}
 
 

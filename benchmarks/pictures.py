@@ -32,6 +32,7 @@ SAID = {
 }
 INK = "#222222"
 STYLE = {
+    "savefig.facecolor": "white",
     "svg.hashsalt": "pyupdate",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -58,7 +59,9 @@ def draw(records: list[Record], folder: Path) -> list[Path]:
             figure = picture(ran)
             if figure is not None:
                 path = folder / f"{name}.svg"
-                figure.savefig(path, metadata={"Date": None}, facecolor="white")
+                figure.savefig(
+                    path, metadata={"Date": None}, facecolor="white", bbox_inches="tight"
+                )
                 made.append(path)
     return made
 
@@ -81,9 +84,10 @@ def ratios(ran: list[Record]) -> Figure | None:
                 value = found[model, kind]
                 at = i + 0.27 * (j - 1)
                 axes.barh(at, value, 0.25, color=colour, label=SAID[kind] if i == 0 else None)
-                axes.text(value + 0.06, at, f"{value:.1f}x", va="center", fontsize=8)
+                _label(axes, value, at, f"{value:.1f}x")
     axes.set_yticks(range(len(models)), [sizes[model] for model in models], fontsize=8.5)
     axes.invert_yaxis()
+    axes.margins(x=0.1)
     axes.set_title("AdamW, float32: torch's fused step takes so many times ours")
     return _bars(figure, axes, "time of torch fused / time of pyupdate", _machine(ran))
 
@@ -102,8 +106,9 @@ def rules(ran: list[Record]) -> Figure | None:
     figure, axes = _figure(8.0, 0.3 * len(found) + 1.5)
     for i, (value, _, best) in enumerate(sorted(found)):
         axes.barh(i, value, 0.7, color=COLOURS.get(best, "#CC79A7"))
-        axes.text(value + 0.03, i, f"{value:.1f}x  {best}", va="center", fontsize=8)
+        _label(axes, value, i, f"{value:.1f}x  {best}")
     axes.set_yticks(range(len(found)), [rule for _, rule, _ in sorted(found)])
+    axes.margins(x=0.2)
     axes.set_title("The plain step of ResNet-50's parameters: torch's fastest way over ours")
     return _bars(figure, axes, "time of torch's fastest / time of pyupdate", _machine(ran))
 
@@ -143,7 +148,7 @@ def growth(ran: list[Record]) -> Figure | None:
         axes.set_axisbelow(True)
     both[0].legend(fontsize=8)
     figure.suptitle("AdamW, float32, 2 threads: the step alone", x=0.01, ha="left", fontsize=11)
-    figure.supxlabel(_machine(ran), fontsize=7.5, color="#666666", x=0.01, ha="left")
+    figure.supxlabel(_machine(ran), fontsize=8.5)
     return figure
 
 
@@ -163,10 +168,10 @@ def bandwidth(ran: list[Record]) -> Figure | None:
                 part = 100.0 * record["GBps"][name] / record["stream_GBps"]
                 at = i + 0.38 * (j - 0.5)
                 axes.barh(at, part, 0.35, color=COLOURS[name], label=name if i == 0 else None)
-                said = f"{record['GBps'][name]:.0f} GB/s"
-                axes.text(part + 1.0, at, said, va="center", fontsize=8)
+                _label(axes, part, at, f"{record['GBps'][name]:.0f} GB/s")
     axes.set_yticks(range(len(found)), [f"{r['of']}\n{_count(r)}" for r in found], fontsize=8.5)
     axes.invert_yaxis()
+    axes.margins(x=0.12)
     axes.set_title("The full step's least bytes a second, of what a bare stream moves here")
     return _bars(figure, axes, "% of a bare loop over AdamW's seven streams", _machine(ran), 100.0)
 
@@ -190,8 +195,8 @@ def training(ran: list[Record]) -> Figure | None:
             )
             axes.barh(at, one["update_ms"], 0.7, left=one["backward_ms"], color=COLOURS[name])
             end = one["backward_ms"] + one["update_ms"]
-            said = f" update {one['update_ms']:.2f} ms, {100 * record['share'][name]:.0f} %"
-            axes.text(end, at, said, va="center", fontsize=8)
+            said = f"update {one['update_ms']:.2f} ms, {100 * record['share'][name]:.0f} %"
+            _label(axes, end, at, said)
             labels.append((at, f"{record['of']}\n{name}"))
             at += 1.0
         at += 0.5
@@ -225,20 +230,34 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def _label(axes: Any, x: float, y: float, said: str) -> None:
+    """A bar's number, behind its end, over the line where nobody is faster."""
+    axes.annotate(
+        said,
+        (x, y),
+        (4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        zorder=4,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+    )
+
+
 def _bars(figure: Figure, axes: Any, label: str, machine: str, line: float | None = 1.0) -> Figure:
     """What all bar charts share; `line` is where nobody is faster."""
     if line is not None:
         axes.axvline(line, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
-    axes.set_xlabel(label)
+    axes.set_xlabel(f"{label}\n{machine}", fontsize=9)
     axes.tick_params(axis="y", length=0)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8.5, loc="best")
-    figure.supxlabel(machine, fontsize=7.5, color="#666666", x=0.01, ha="left")
+        figure.legend(fontsize=8.5, loc="outside lower left", ncols=3)
     return figure
 
 
 def _count(record: Record) -> str:
-    return f"{record['tensors']:,} tensors, {record['elements'] / 1e6:.3g}M"
+    tensors = f"{record['tensors']:,} tensor{'s' if record['tensors'] > 1 else ''}"
+    return f"{tensors}, {record['elements'] / 1e6:.3g}M"
 
 
 def _machine(ran: list[Record]) -> str:

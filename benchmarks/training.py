@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import pyupdate
+from pyupdate.bench import timing
 from pyupdate.bench.contestants import BASELINE, MAX_NORM, OURS
 from pyupdate.bench.truth import WrongError
 
@@ -80,6 +81,7 @@ def measured(name: str, *, seconds: float) -> dict[str, Any]:
     losses: dict[str, float] = {}
     end = time.perf_counter() + seconds
     turn = 0
+    others = timing.others()
     while turn < 2 * WARM or time.perf_counter() < end:
         for who in list(models)[:: 1 if turn % 2 else -1]:
             start = time.perf_counter()
@@ -96,6 +98,7 @@ def measured(name: str, *, seconds: float) -> dict[str, Any]:
                 message = f"the losses of {name} are {apart:.1e} apart after {WARM} steps"
                 raise WrongError(message)
             times = {who: [] for who in models}
+            others = timing.others()
     found = {
         who: {
             "backward_ms": 1e3 * statistics.median(one for one, _ in each),
@@ -107,6 +110,7 @@ def measured(name: str, *, seconds: float) -> dict[str, Any]:
         "batch": batch,
         "elements": sum(param.numel() for param in model.parameters()),
         "rounds": turn - WARM,
+        "others": others(),
         "training": found,
         "share": {
             who: one["update_ms"] / (one["update_ms"] + one["backward_ms"])

@@ -59,7 +59,9 @@ def measure(
     if bare is not None:
         runs["stream"] = (lambda: None, bare[0])
     warm, steady = timing.warm_up(runs, seconds=seconds)
+    others = timing.others()
     times = timing.interleave(runs, seconds=seconds, rounds=rounds)
+    taken = others()
     speeds = {
         name: moved * workload.elements / times[name].median / 1e9 if moved else None
         for name in found
@@ -79,6 +81,7 @@ def measure(
         "rounds": len(times[OURS].seconds),
         "warm_rounds": warm,
         "steady": steady,
+        "others": taken,
         "bytes": moved,
         "GBps": speeds,
         "stream_GBps": streamed,
