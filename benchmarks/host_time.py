@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's time of a CUDA step: 1,000 tensors, the launches left out, beside torch's fused AdamW.
+"""The host's time of a step on a GPU: 1,000 tensors, launches left out, beside torch's fused AdamW.
 
 A stand-in for a machine with a GPU, and labelled so: ours is the whole path of ``pyupdate._cuda``
-to the launches, which are only recorded (tests/device/launches_recorded.cpp), with CPU memory in
-the place of the GPU's. Torch's is ``torch.optim.AdamW(fused=True).step()`` on 1,000 CPU tensors of
-one element with one thread, whose time is nearly all its host's. Both step in turn, the medians are
-of the same run. Prints one JSON.
+to the launches, which are only recorded (tests/device/launches_recorded.cpp), and that of the back
+end ``triton`` to the end of Triton's own launching, with CPU memory in the place of the GPU's.
+Torch's is ``torch.optim.AdamW(fused=True).step()`` on 1,000 CPU tensors of one element with one
+thread, whose time is nearly all its host's. They step in turn, the medians are of the same run.
+Prints one JSON.
 
     python benchmarks/host_time.py [--seconds 10]
 """
@@ -26,6 +27,7 @@ from pyupdate.bench import timing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from compiling import device_module
+from device.triton_backend import triton_backend
 from device_on_cpu import cuda_on_cpu
 
 TENSORS = 1000
@@ -51,26 +53,39 @@ def in_another_place(listed: list[torch.nn.Parameter]) -> Callable[[], None]:
     return move
 
 
+def in_turns(seconds: float, **options: Any) -> dict[str, float]:
+    """The medians of torch and of the back end in force, in milliseconds."""
+    still, moving = params(), params()
+    ours, ours_moving = (
+        pyupdate.optim.AdamW(listed, lr=1e-3, **options) for listed in (still, moving)
+    )
+    theirs = torch.optim.AdamW(params(), lr=1e-3, fused=True)
+    contestants = {
+        "nothing moved": (lambda: None, ours.step),
+        "every gradient moved": (in_another_place(moving), ours_moving.step),
+        "torch fused": (lambda: None, theirs.step),
+    }
+    times = timing.interleave(contestants, seconds=seconds)
+    alone = timing.interleave({"nothing moved, alone": (lambda: None, ours.step)}, seconds=1.0)
+    return {name: 1e3 * found.median for name, found in (times | alone).items()}
+
+
 def measured(seconds: float) -> dict[str, Any]:
     """The medians, and torch's as a multiple of ours."""
-    still, moving = params(), params()
-    ours, ours_moving = (pyupdate.optim.AdamW(listed, lr=1e-3) for listed in (still, moving))
-    theirs = torch.optim.AdamW(params(), lr=1e-3, fused=True)
-    with cuda_on_cpu(device_module("_cuda_recorded")), timing.settled(1):
-        runs: timing.Runs = {
-            "nothing moved": (lambda: None, ours.step),
-            "every gradient moved": (in_another_place(moving), ours_moving.step),
-            "torch fused": (lambda: None, theirs.step),
-        }
-        timing.warm_up(runs)
-        times = timing.interleave(runs, seconds=seconds)
+    found = {}
+    with timing.settled(1):
+        with cuda_on_cpu(device_module("_cuda_recorded")):
+            found["cuda"] = in_turns(seconds / 2)
+        with triton_backend() as machine:
+            machine.runs = False
+            found["triton"] = in_turns(seconds / 2)
         place = timing.machine(1)
     return {
         "what": f"host time of a step of {TENSORS} tensors, launches left out: a stand-in",
-        "milliseconds": {name: round(1e3 * found.median, 4) for name, found in times.items()},
+        "milliseconds": {b: {n: round(m, 4) for n, m in of.items()} for b, of in found.items()},
         "torch / ours": {
-            name: round(timing.ratio(times["torch fused"], times[name]), 2)
-            for name in ("nothing moved", "every gradient moved")
+            b: {n: round(of["torch fused"] / m, 2) for n, m in of.items() if n != "torch fused"}
+            for b, of in found.items()
         },
         "target": TARGET,
         **place,

@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
 #include "plan_object.h"
+#include "watch.h"
 
 #ifndef PYUPDATE_MODULE_NAME
 #define PYUPDATE_MODULE_NAME _C
@@ -325,6 +326,8 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("active", &Plan::active)
       .def("nbytes", &Plan::bytes)
       .def("chunks", [](Plan& plan) { return plan.tables().chunks(); });
+
+  name_watch(m);
 
   py::class_<cpu::Stream>(m, "Stream", py::module_local())
       .def(py::init<int64_t>(), py::arg("elements"))

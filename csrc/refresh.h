@@ -81,12 +81,17 @@ class Plan {
 
   // The row that a refresh stopped at, or that has no state yet, one by one.
   const std::vector<int64_t>& noticed() const { return noticed_; }
+  // Of the last refresh against the one before: whether rows or what they write are others, and
+  // whether a gradient lies elsewhere.
+  bool rows_moved() const { return rows_changed_ || written_moved_; }
+  bool grads_moved() const { return grads_moved_; }
   // Whether several plans, all refreshed just now, can run together: see written.cpp.
   static bool apart(const std::vector<const Plan*>& plans);
   // The memory as it was last refreshed shares nothing: checked by somebody more patient.
   void vouch() { vouched_ = fingerprint(); }
 
   cpu::Tables& tables() { return tables_; }
+  const cpu::Tables& tables() const { return tables_; }
   const std::vector<int32_t>& active() const { return active_; }
   // A new list of every tensor that the step writes; null with a Python error.
   PyObject* written() const;
@@ -100,7 +105,8 @@ class Plan {
   // What the last refresh found absent is made now, in a first step.
   void state_was_made(bool made) { made_ = made; }
   int64_t count_at(size_t k) const;
-  void watch_counts();
+  // After its launches: counts, and lets autograd know what was written.
+  void stepped();
   // The row that a hyper row's count is read of, and the group that it belongs to.
   struct Source {
     int64_t row, group;
@@ -182,6 +188,7 @@ class Plan {
                      const std::vector<std::vector<double>>& numbers);
   void fill_sources(const std::vector<std::vector<double>>& numbers);
   void part_written_counts();
+  void watch_counts();
   void be_of_unknown_age(size_t r);
   void note_history(size_t r, const GroupRule& group, PyObject* const* found);
   int64_t columns() const { return states_ + 1 + scalars_ + (averages_ ? 1 : 0); }

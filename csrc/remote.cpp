@@ -52,6 +52,17 @@ void Plan::watch_counts() {
   }
 }
 
+void Plan::stepped() {
+  count_step();
+  const py::object written = to_bump();
+  if (!written || !py::reinterpret_steal<py::object>(
+                      PyObject_CallOneArg(interface_.increment_version, written.ptr()))) {
+    throw py::error_already_set();
+  }
+  settle();
+  watch_counts();
+}
+
 // Somebody has written into a counter since: its rows are of unknown age.
 void Plan::part_written_counts() {
   for (Watched& watched : watched_) {

@@ -55,12 +55,14 @@ def assert_same_state(found: torch.optim.Optimizer, expected: torch.optim.Optimi
                 assert_same_bits(inner[key], value, f"{key} of {i}")
 
 
-def assert_same_run(scenario: Scenario, on_cuda: Any) -> Any:
+def assert_same_run(
+    scenario: Scenario, on_cuda: Any, backends_of: tuple[str, ...] = ("cuda",)
+) -> Any:
     """What a scenario comes to on both back ends; the one of ``cuda`` is returned."""
     expected_rest, expected = scenario()
     with on_cuda():
         found_rest, found = scenario()
-        assert plan_of(found).backends == ("cuda",)
+        assert plan_of(found).backends == backends_of
     assert_same_state(found, expected)
     for k, (a, b) in enumerate(zip(found_rest, expected_rest, strict=True)):
         assert_same_bits(a, b, f"result {k}")
@@ -150,6 +152,40 @@ def test_what_finishes_outside_a_rule(name, on_cuda, compiled):
         return facts(optimizer), optimizer
 
     assert_same_run(run, on_cuda)
+
+
+def test_muon_without_a_norm_or_a_scaler_waits_for_nothing(on_cuda, monkeypatch, compiled):
+    param = nn.Parameter(torch.ones(4, 6))
+    optimizer = pyupdate.optim.Muon([param], lr=0.01)
+
+    def read(self: torch.Tensor) -> Any:
+        pytest.fail("the step waits for the device")
+
+    with on_cuda():
+        for _ in range(3):
+            param.grad = torch.ones(4, 6)
+            optimizer.step()
+            for name in ("item", "tolist", "__float__", "__bool__"):
+                monkeypatch.setattr(torch.Tensor, name, read)
+        monkeypatch.undo()
+
+
+def test_what_does_not_fill_its_memory_is_left_to_reference_and_said(on_cuda, compiled, caplog):
+    def run() -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(7)
+        whole = torch.randn(4, 6, generator=generator)
+        params = [nn.Parameter(torch.randn(5, generator=generator)), nn.Parameter(whole[:, ::2])]
+        optimizer = pyupdate.optim.NAdam(params, lr=0.01, max_norm=0.5)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        return [*facts(optimizer), whole], optimizer
+
+    backends.say_once.cache_clear()
+    assert_same_run(run, on_cuda, ("cuda", "reference"))
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and "does not lie in plain memory" in said[0], said
 
 
 def test_maximize_has_the_sign_of_its_group(on_cuda, compiled):

@@ -43,6 +43,10 @@ OTHER_CAPABILITIES = (80, 100, 120)
 Made = tuple[list[torch.Tensor], list[dict[str, Any]], list[Any]]
 
 
+readers = pytest.mark.parametrize("by_compiled", [True, False], ids=["by C++", "by Python"])
+"""Who reads the tensors anew at every step."""
+
+
 def gradients(
     sizes: Sequence[int], dtypes: Sequence[torch.dtype], steps: int
 ) -> list[list[torch.Tensor]]:
@@ -270,8 +274,9 @@ def scaled_training(steps: int = 6) -> tuple[Any, ...]:
     return [p.detach() for p in model.parameters()], skips, scaler.get_scale()
 
 
-def test_update_model_with_a_scaler(compiled):
-    with triton_backend():
+@readers
+def test_update_model_with_a_scaler(compiled, by_compiled):
+    with triton_backend(compiled=by_compiled):
         params, skips, scale = scaled_training()
     with pyupdate.use_backend("cpu"):
         expected, expected_skips, expected_scale = scaled_training()
@@ -327,8 +332,9 @@ def test_every_small_size(compiled):
     check("adamw", [torch.bfloat16], sizes=range(71), max_norm=1.0)
 
 
+@readers
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_rows_that_are_not_aligned_are_a_launch_of_their_own(dtype, compiled):
+def test_rows_that_are_not_aligned_are_a_launch_of_their_own(dtype, compiled, by_compiled):
     def trained_on() -> tuple[list[torch.Tensor], list[Any]]:
         rng = np.random.default_rng(9)
         values = [random_values(rng, n, dtype) for n in (1025, 1025, 20_000, 70)]
@@ -345,7 +351,7 @@ def test_rows_that_are_not_aligned_are_a_launch_of_their_own(dtype, compiled):
             m.assert_neighbours_untouched("parameter")
         return [p.detach() for p in params], memory
 
-    with triton_backend() as machine:
+    with triton_backend(compiled=by_compiled) as machine:
         found, _ = trained_on()
     names = [launch.name for launch in machine.launches]
     assert names[-4:] == ["reduce_pass"] * 2 + ["apply_pass"] * 2
@@ -355,7 +361,8 @@ def test_rows_that_are_not_aligned_are_a_launch_of_their_own(dtype, compiled):
         assert_same_bits(x, y, "parameter")
 
 
-def test_other_layouts(compiled):
+@readers
+def test_other_layouts(compiled, by_compiled):
     def trained_on() -> list[torch.Tensor]:
         torch.manual_seed(0)
         params = [
@@ -370,7 +377,7 @@ def test_other_layouts(compiled):
             optimizer.step()
         return [p.detach().clone() for p in params], plan_of(optimizer).backends
 
-    with triton_backend():
+    with triton_backend(compiled=by_compiled):
         found, names = trained_on()
     assert names == ("reference", "triton")
     with pyupdate.use_backend("cpu"):
@@ -379,19 +386,46 @@ def test_other_layouts(compiled):
         assert_same_bits(x.contiguous(), y.contiguous(), "parameter")
 
 
-def test_rows_of_other_counts(compiled):
+@readers
+def test_rows_of_other_counts(compiled, by_compiled):
     # The second parameter's gradient comes late, the first one's rests once.
     grads = gradients((70, 2049), [torch.float32], 5)
     grads[0][1] = grads[2][0] = None
     for rule in ("adamw", "nadam", "sgd_momentum"):
-        with triton_backend():
+        with triton_backend(compiled=by_compiled):
             found = trained(rule, [torch.float32], grads, (70, 2049))
         with pyupdate.use_backend("cpu"):
             expected = trained(rule, [torch.float32], grads, (70, 2049))
         assert_alike(found, expected, rule)
 
 
-def test_groups_and_schedules_share_a_launch(compiled):
+def test_late_gradients_wait_for_nothing(monkeypatch, compiled):
+    # Compiled code knows which rows were stepped alike by what it has done with them.
+    def read(self: torch.Tensor) -> Any:
+        pytest.fail("a number is read")
+
+    def trained_on() -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(torch.full((70,), float(k))) for k in range(3)]
+        optimizer = pyupdate.optim.NAdam(params, lr=0.1)
+        for step in range(5):
+            for k, param in enumerate(params):
+                param.grad = torch.arange(70.0) if step in (0, 4) or k != step % 3 else None
+            optimizer.step()
+            monkeypatch.setattr(torch.Tensor, "tolist", read)  # once there is state
+            monkeypatch.setattr(torch.Tensor, "item", read)
+        monkeypatch.undo()
+        return [p.detach() for p in params]
+
+    with triton_backend(compiled=True):
+        found = trained_on()
+    with pyupdate.use_backend("cpu"):
+        expected = trained_on()
+    for x, y in zip(found, expected, strict=True):
+        assert_same_bits(x, y, "parameter")
+
+
+@readers
+def test_groups_and_schedules_share_a_launch(compiled, by_compiled):
     def trained_on() -> list[torch.Tensor]:
         params = [torch.nn.Parameter(torch.full((70,), float(k))) for k in range(3)]
         groups = [{"params": [p], "lr": 0.1 * k, "maximize": k == 2} for k, p in enumerate(params)]
@@ -404,7 +438,7 @@ def test_groups_and_schedules_share_a_launch(compiled):
             schedule.step()
         return [p.detach() for p in params]
 
-    with triton_backend() as machine:
+    with triton_backend(compiled=by_compiled) as machine:
         found = trained_on()
     assert [launch.name for launch in machine.launches] == ["prepare_pass", "apply_pass"] * 3
     with pyupdate.use_backend("cpu"):
@@ -413,7 +447,8 @@ def test_groups_and_schedules_share_a_launch(compiled):
         assert_same_bits(x, y, "parameter")
 
 
-def test_gradients_that_move_are_followed_and_looked_at(compiled):
+@readers
+def test_gradients_that_move_are_followed_and_looked_at(compiled, by_compiled):
     def trained_on() -> list[torch.Tensor]:
         rng = np.random.default_rng(2)
         params = [torch.nn.Parameter(random_values(rng, n, torch.float32)) for n in (0, 70, 2049)]
@@ -433,7 +468,7 @@ def test_gradients_that_move_are_followed_and_looked_at(compiled):
             optimizer.step()
         return values
 
-    with triton_backend():
+    with triton_backend(compiled=by_compiled):
         found = trained_on()
     with pyupdate.use_backend("cpu"):
         expected = trained_on()
@@ -441,6 +476,7 @@ def test_gradients_that_move_are_followed_and_looked_at(compiled):
         assert_same_bits(x, y, "parameter")
 
 
+@readers
 @pytest.mark.parametrize(
     ("change", "shift"),
     [
@@ -450,7 +486,9 @@ def test_gradients_that_move_are_followed_and_looked_at(compiled):
     ],
     ids=["load_state_dict", "step by hand", "other memory"],
 )
-def test_what_is_changed_between_steps_is_seen(change: Callable[..., Any], shift, compiled):
+def test_what_is_changed_between_steps_is_seen(
+    change: Callable[..., Any], shift, compiled, by_compiled
+):
     def trained_on() -> tuple[torch.Tensor, float]:
         param = torch.nn.Parameter(torch.arange(70.0))
         optimizer = pyupdate.optim.AdamW([param], lr=0.1)
@@ -461,7 +499,7 @@ def test_what_is_changed_between_steps_is_seen(change: Callable[..., Any], shift
             optimizer.step()
         return param.detach(), float(optimizer.state[param]["step"])
 
-    with triton_backend():
+    with triton_backend(compiled=by_compiled):
         found, count = trained_on()
     with pyupdate.use_backend("cpu"):
         expected, _ = trained_on()
@@ -472,7 +510,8 @@ def test_what_is_changed_between_steps_is_seen(change: Callable[..., Any], shift
 # ----- what is launched ---------------------------------------------------------------------------
 
 
-def test_tables_are_sent_again_only_where_a_pointer_moved(monkeypatch, compiled):
+@readers
+def test_tables_are_sent_again_only_where_a_pointer_moved(monkeypatch, compiled, by_compiled):
     from pyupdate.backends.triton import Part
 
     sent = []
@@ -481,7 +520,7 @@ def test_tables_are_sent_again_only_where_a_pointer_moved(monkeypatch, compiled)
     param = torch.nn.Parameter(torch.ones(70))
     param.grad = torch.ones(70)
     optimizer = pyupdate.optim.AdamW([param], max_norm=1.0)
-    with triton_backend():
+    with triton_backend(compiled=by_compiled):
         for _ in range(2):
             optimizer.step()
         sent.clear()

@@ -197,15 +197,7 @@ class DevicePlan {
         check(cuda::apply(tables, bucket, stage, request.reduce != 0, blocks_, on));
       }
     }
-    plan_->count_step();
-    const py::object written = plan_->to_bump();
-    if (!written) throw py::error_already_set();
-    if (!py::reinterpret_steal<py::object>(
-            PyObject_CallOneArg(plan_->increment_version(), written.ptr()))) {
-      throw py::error_already_set();
-    }
-    plan_->settle();
-    plan_->watch_counts();
+    plan_->stepped();
   }
 
   std::unique_ptr<Plan> plan_;

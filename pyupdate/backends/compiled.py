@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the back ends of compiled modules share: how a module's plan is made."""
+"""What the back ends over compiled plans share."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ..pytorch.checks import STORAGES
-from ..pytorch.rows import GroupRule, Row
+from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row
+from .plain import mend
 
 
 def plan_of(
-    module: Any, rows: Sequence[Row], rules: Sequence[GroupRule], averages: bool, **more: Any
+    kind: Any, rows: Sequence[Row], rules: Sequence[GroupRule], averages: bool, **more: Any
 ) -> Any:
-    """A module's ``Plan`` of rows; `more` is what only that module takes."""
+    """A plan of rows, of a module's class for them; `more` is what only that class takes."""
     stepped = {row.group for row in rows}
     types = {torch.Tensor, torch.nn.Parameter, *(type(row.param) for row in rows)}
-    return module.Plan(
+    return kind(
         tensor_type=torch.Tensor,
         types=list(types),
         increment_version=increment_version,
@@ -37,3 +38,47 @@ def plan_of(
         averages=averages,
         **more,
     )
+
+
+def settle(
+    plan: Any,
+    kinds: Any,
+    found: Any,
+    noticed: Sequence[int],
+    rows: Sequence[Row],
+    rules: Sequence[GroupRule],
+    inputs: Inputs,
+) -> None:
+    """Of a device's plan that is not ready: say what is wrong, or mend it, or vouch for it.
+
+    `kinds` is the module's ``Found``, of which `found` is one.
+
+    Raises:
+        TypeError, ValueError: a row is not right.
+        Stale: the plan no longer fits.
+    """
+    if found == kinds.OVERLAP:
+        check_all_memory(rows, rules, inputs)
+        plan.vouch()
+    elif found == kinds.SUSPECT:
+        row = rows[noticed[0]]
+        if mend(row, rules[row.group], inputs):
+            for other in rows:  # mostly the others are alike
+                mend(other, rules[other.group], inputs)
+            return
+        check_row(row, rules[row.group], inputs)
+        raise Stale(row.name)
+    else:
+        message = "the optimizer's parameters"
+        raise Stale(message)
+
+
+def runs_of(counts: Sequence[tuple[int, float]]) -> list[tuple[int, int, float]]:
+    """Neighbours of one value as (first, behind the last, value), in order: the last one wins."""
+    runs: list[tuple[int, int, float]] = []
+    for r, count in counts:
+        if runs and runs[-1][1:] == (r, count):
+            runs[-1] = (runs[-1][0], r + 1, count)
+        else:
+            runs.append((r, r + 1, count))
+    return runs

@@ -141,7 +141,7 @@ class Part:
         self._threads = torch.get_num_threads
         self._found = module.Found
         self._ready = module.Found.READY
-        self._plan = plan_of(module, rows, rules, averages)
+        self._plan = plan_of(module.Plan, rows, rules, averages)
 
     @property
     def nbytes(self) -> int:

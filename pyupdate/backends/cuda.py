@@ -17,21 +17,11 @@ import torch
 from ..kernels.language import Rule
 from ..kernels.rules import RULES
 from ..options import LastUpdate
-from ..pytorch.checks import is_dense
 from ..pytorch.request import Request, Scaling
-from ..pytorch.rows import (
-    AVERAGE,
-    GroupRule,
-    Inputs,
-    Row,
-    Stale,
-    check_all_memory,
-    check_row,
-    make_state,
-    mend_row,
-)
+from ..pytorch.rows import GroupRule, Inputs, Row, make_state
 from . import AUTO, say_once
-from .compiled import plan_of
+from .compiled import plan_of, runs_of, settle
+from .plain import is_plain
 
 _DLPACK = {"cpu": 1, "cuda": 2}
 _OUTCOME = 3
@@ -96,7 +86,10 @@ def home(row: Row, rule: Rule, chosen: str) -> torch.device | None:
             raise RuntimeError(message)
         say_once("cuda", f"rule '{rule.name}' is not compiled")
         return None
-    return row.param.device if _is_plain(row.param) else None
+    if not is_plain(row.param):
+        say_once("cuda", f"parameter '{row.name}' does not lie in plain memory")
+        return None
+    return row.param.device
 
 
 def part(
@@ -104,11 +97,6 @@ def part(
 ) -> Part:
     """The part of the rows on one device."""
     return Part(rows, rules, home, averages, _module())
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the kernels, which know no strides, can take its memory as it lies."""
-    return is_dense(tensor) and tensor.data_ptr() % tensor.element_size() == 0
 
 
 class Part:
@@ -132,7 +120,7 @@ class Part:
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._counts = torch.zeros(len(rows), dtype=torch.float64, device=device)
         self._plan = plan_of(
-            module, rows, rules, averages, device=(_DLPACK[device.type], device.index or 0)
+            module.Plan, rows, rules, averages, device=(_DLPACK[device.type], device.index or 0)
         )
         self._plan.set_counts(self._counts.data_ptr())
 
@@ -176,10 +164,11 @@ class Part:
             raise
         can_skip = request.skip or request.finite_norm or flag is not None
         scaled = scaling.check or scaling.scale is not None
+        made_there = request.reduce or scaling.scale is not None
         return LastUpdate(
             (lambda: float(outcome[0])) if request.reduce else None,
             (lambda: bool(_floats(outcome)[_SKIPPED] != 0.0)) if can_skip else False,
-            lambda: float(outcome[1]),
+            (lambda: float(outcome[1])) if made_there else request.unscale,
             flag=_floats(outcome)[_FOUND_INF] if scaled else None,
         )
 
@@ -286,7 +275,7 @@ class Part:
             begin, end = 0, table_bytes
         if scratch_bytes > self._scratch.numel():
             self._scratch = torch.zeros(scratch_bytes, dtype=torch.uint8, device=self._device)
-        for first, last, count in _runs(counts):
+        for first, last, count in runs_of(counts):
             self._counts[first:last].fill_(count)
         if end > begin:
             # Torch keeps pinned memory until the copy is made.
@@ -308,45 +297,7 @@ class Part:
 
     def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
         """Say what is wrong, or mend it, or vouch that it is right after all."""
-        if found == self._found.OVERLAP:
-            check_all_memory(self.rows, self._rules, inputs)
-            self._plan.vouch()
-        elif found == self._found.SUSPECT:
-            row = self.rows[noticed[0]]
-            if self._mend(row, inputs):
-                for other in self.rows:  # mostly the others are alike
-                    self._mend(other, inputs)
-                return
-            check_row(row, self._rules[row.group], inputs)
-            raise Stale(row.name)
-        else:
-            message = "the optimizer's parameters"
-            raise Stale(message)
-
-    def _mend(self, row: Row, inputs: Inputs) -> bool:
-        """Put into plain memory of the device what is not; no value changes."""
-        rule = self._rules[row.group]
-        mended = mend_row(row, rule, inputs)
-        param, grad = row.param, row.param.grad
-        if grad is None:
-            return mended
-        if _can_lie_like(grad, param) and not _lies_like(grad, param):
-            param.grad = _copied_like(param, grad.detach())
-            mended = True
-        inner = inputs.state.get(param) or {}
-        for key in (*(("step",) if rule.counts_steps else ()), *rule.rule.scalars):
-            value = inner.get(key)
-            if isinstance(value, torch.Tensor) and value.device != param.device:
-                inner[key] = value.to(param.device)
-                mended = True
-        for key in (*rule.rule.state, AVERAGE):
-            value = inner.get(key)
-            if not isinstance(value, torch.Tensor) or not _can_lie_like(value, param):
-                continue
-            if not _lies_like(value, param):
-                inner[key] = _copied_like(param, value)
-                mended = True
-        return mended
+        settle(self._plan, self._found, found, noticed, self.rows, self._rules, inputs)
 
 
 def _floats(outcome: torch.Tensor) -> torch.Tensor:
@@ -362,34 +313,3 @@ def _place_on(device: torch.device, number: float | torch.Tensor) -> int:
     if isinstance(number, float) or number.device != device:
         return 0
     return number.data_ptr() + (number.dtype is torch.float64)
-
-
-def _runs(counts: Sequence[tuple[int, float]]) -> list[tuple[int, int, float]]:
-    """Neighbours of one value as (first, behind the last, value), in order: the last one wins."""
-    runs: list[tuple[int, int, float]] = []
-    for r, count in counts:
-        if runs and runs[-1][1:] == (r, count):
-            runs[-1] = (runs[-1][0], r + 1, count)
-        else:
-            runs.append((r, r + 1, count))
-    return runs
-
-
-def _can_lie_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and tensor.shape == param.shape
-        and tensor.device == param.device
-    )
-
-
-def _lies_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
-    """Whether an element stands in the same place, at an address that its type may have."""
-    strides = zip(tensor.shape, tensor.stride(), param.stride(), strict=True)
-    same = all(a == b for n, a, b in strides if n > 1) or tensor.numel() == 0
-    return same and tensor.data_ptr() % tensor.element_size() == 0
-
-
-def _copied_like(param: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    made = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=param.device)
-    return made.copy_(tensor)

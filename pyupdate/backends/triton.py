@@ -18,7 +18,6 @@ from torch.autograd.graph import increment_version
 
 from ..kernels.language import Rule
 from ..options import LastUpdate
-from ..pytorch.checks import is_dense
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import (
     AVERAGE,
@@ -30,9 +29,10 @@ from ..pytorch.rows import (
     check_row,
     has_state,
     lacks_average,
-    mend_row,
 )
-from .triton_memory import Extents, address, lies_like, made_like, tagged, versions
+from . import say_once
+from .plain import is_plain, mend
+from .triton_memory import Extents, address, tagged, versions
 from .triton_rows import MAX_SCALARS, MAX_STATES, Entry
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def why_not_row(row: Row, rule: Rule) -> str | None:
     """The reason why a parameter must be stepped by another back end, None if it need not."""
     if len(rule.state) > MAX_STATES or len(rule.scalars) > MAX_SCALARS:
         return f"rule '{rule.name}' keeps more than the kernels take"
-    if not is_dense(row.param) or row.param.data_ptr() % row.param.element_size():
+    if not is_plain(row.param):
         return f"parameter '{row.name}' does not lie in plain memory"
     return None
 
@@ -67,19 +67,25 @@ def why_not_row(row: Row, rule: Rule) -> str | None:
 def home(row: Row, rule: Rule, chosen: str) -> torch.device | None:
     """The device of a row; None where it must be left to ``reference``."""
     del chosen
-    return row.param.device if why_not_row(row, rule) is None else None
+    reason = why_not_row(row, rule)
+    if reason is not None:
+        say_once("triton", reason)
+        return None
+    return row.param.device
 
 
 def part(
     rows: Sequence[Row], rules: Sequence[GroupRule], home: torch.device, averages: bool
 ) -> Part:
-    """The part of the rows on one device."""
+    """The part of the rows on one device; read by compiled code where there is some."""
     del home
-    return Part(rows, rules, averages)
+    from .triton_watch import WatchedPart, can_watch
+
+    return (WatchedPart if can_watch() else Part)(rows, rules, averages)
 
 
 class Part:
-    """The rows of a plan on one device."""
+    """The rows of a plan on one device, read by Python."""
 
     reads_scaling = True
 
@@ -93,7 +99,6 @@ class Part:
         self._active: list[int] = []
         self._seen: list[Any] | None = None
         self._listed: list[int] | None = None
-        self._copies: dict[int, torch.Tensor] = {}  # gradients of another layout, in the row's
         self._counters = torch.zeros(len(rows), dtype=torch.float64, device=self._device)
         self._counted: dict[int, object] = {}  # by which buffer a counter of ours is known
         self._lacking: frozenset[int] = frozenset()
@@ -122,10 +127,12 @@ class Part:
         result = tables.reduce(request, scale, found) if reduces else tables.prepare(scale, found)
         tables.apply(request, result)
         self._bump()
+        can_skip = request.skip or request.finite_norm or found is not None
+        made_there = reduces or scale is not None
         return LastUpdate(
-            (lambda: float(result[2])) if request.reduce else None,
-            lambda: bool(result[1] != 0.0),
-            lambda: float(result[0]),
+            (lambda: float(result[2])) if reduces else None,
+            (lambda: bool(result[1] != 0.0)) if can_skip else False,
+            (lambda: float(result[0])) if made_there else scaling.unscale / scaling.divisor,
             flag=result[1],
         )
 
@@ -153,7 +160,7 @@ class Part:
         self._active = [r for r, row in enumerate(self.rows) if row.param.grad is not None]
         for r in self._active:
             row, rule = self.rows[r], self._rules[self.rows[r].group]
-            mend_row(row, rule, inputs)
+            mend(row, rule, inputs)
             check_row(row, rule, inputs)
             if why_not_row(row, rule.rule) is not None:
                 raise Stale(row.name)
@@ -162,7 +169,6 @@ class Part:
                 lacking.append(r)
             if lacking[-1:] == [r] or lacks_average(inner, inputs):
                 fresh.append(r)
-            self._put_into_place(r, row, rule, inputs)
         self._lacking = frozenset(lacking)
         check_all_memory(self.rows, self._rules, inputs)
         if not fresh:
@@ -237,7 +243,7 @@ class Part:
         written. 1,000 moved gradients cost 3 ms, a new table of them 80.
         """
         before = self._seen
-        if before is None or self._copies or len(seen) != len(before):
+        if before is None or len(seen) != len(before):
             return False
         alike = all(
             now == then or (now is not None and then is not None and now[1:] == then[1:])
@@ -256,7 +262,7 @@ class Part:
         if self._extents.meet([g for g in gradients if g is not None]):
             return False
         assert self._tables is not None
-        self._tables.move_gradients(addresses, self._send)
+        self._tables.move_gradients(torch.tensor(addresses, dtype=torch.int64), self._send)
         return True
 
     def _kept(self, rule: GroupRule) -> tuple[str, ...]:
@@ -265,32 +271,23 @@ class Part:
     def _numbers(self, rule: GroupRule) -> tuple[str, ...]:
         return (*(("step",) if rule.counts_steps else ()), *rule.rule.scalars)
 
-    def _put_into_place(self, r: int, row: Row, rule: GroupRule, inputs: Inputs) -> None:
-        """Bring state to the device and into the layout of its parameter; no value changes."""
-        param, grad = row.param, row.param.grad
-        assert grad is not None
-        self._copies.pop(r, None)
-        if not lies_like(grad, param):
-            self._copies[r] = made_like(param, param.dtype)
-        inner = inputs.state.get(param)
-        if inner is None:
-            return
-        for key in self._numbers(rule):
-            if key in inner and inner[key].device != param.device:
-                inner[key] = inner[key].to(param.device)
-        for key in (*rule.rule.state, *((AVERAGE,) if self._averages else ())):
-            if inner.get(key) is not None and not lies_like(inner[key], param):
-                inner[key] = made_like(param, inner[key].dtype).copy_(inner[key])
-
     # ----- tables -------------------------------------------------------------------------------
 
     def _make_tables(self, inputs: Inputs) -> None:
         from .triton_tables import Tables
 
-        self._seed_counters(inputs)
-        self._read_counts(inputs)
+        self._note_counts(inputs)
         entries = [self._entry(r, inputs) for r in self._active]
         self._tables = Tables(entries, self._device, self._averages, self._send)
+        self._hold(inputs)
+
+    def _note_counts(self, inputs: Inputs) -> None:
+        """Find out which rows were stepped alike."""
+        self._seed_counters(inputs)
+        self._read_counts(inputs)
+
+    def _hold(self, inputs: Inputs) -> None:
+        """Keep what the tables were made of, to know it again."""
         self._written = []
         self._held = []
         for r in self._active:
@@ -309,7 +306,7 @@ class Part:
         rule = self._rules[row.group]
         inner = inputs.state.get(row.param) or {}
         states = [inner.get(key) for key in rule.rule.state]
-        grad = self._copies.get(r, row.param.grad)
+        grad = row.param.grad
         assert grad is not None
         step = inner.get("step") if rule.counts_steps else self._counters[r]
         return Entry(
@@ -367,10 +364,6 @@ class Part:
 
     def _ready(self, inputs: Inputs, request: Request, unscale: float, divisor: float) -> Tables:
         assert self._tables is not None
-        for r, copy in self._copies.items():
-            grad = self.rows[r].param.grad
-            assert grad is not None
-            copy.copy_(grad.detach())
         self._tables.ask(request, unscale, divisor, inputs.numbers, self._send)
         return self._tables
 

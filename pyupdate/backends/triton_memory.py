@@ -39,18 +39,6 @@ def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def lies_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
-    """Whether an element stands in the same place, at an address that its type may have."""
-    strides = zip(tensor.shape, tensor.stride(), param.stride(), strict=True)
-    same = all(a == b for n, a, b in strides if n > 1) or tensor.numel() == 0
-    return same and tensor.data_ptr() % tensor.element_size() == 0
-
-
-def made_like(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """New memory in the layout of a parameter."""
-    return torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device)
-
-
 def address(tensor: torch.Tensor | None) -> int:
     """Where it begins, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

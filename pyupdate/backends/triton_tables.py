@@ -148,10 +148,10 @@ class Tables:
         return sent
 
     def move_gradients(
-        self, addresses: Sequence[int], send: Callable[[torch.Tensor], torch.Tensor]
+        self, addresses: torch.Tensor, send: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         """Enter the gradients' new addresses, in the order of the rows."""
-        self._host[self._gradient_at] = torch.tensor(addresses, dtype=torch.int64)
+        self._host[self._gradient_at] = addresses
         self._sent.copy_(send(self._host))
 
     def _doubles(self, n: int) -> torch.Tensor:

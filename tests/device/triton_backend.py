@@ -17,6 +17,7 @@ import pyupdate
 from device.triton_on_cpu import Machine, on_cpu
 from pyupdate import backends
 from pyupdate.backends import triton as product
+from pyupdate.backends import triton_watch
 from pyupdate.options import LastUpdate
 from pyupdate.pytorch.request import Request, Scaling
 from pyupdate.pytorch.rows import AVERAGE, GroupRule, Inputs, Row
@@ -25,6 +26,7 @@ _WRITTEN = frozenset(
     {"sums", "flags", "row_sums", "result", "classes", "per_tensor", "ticket", "tickets"}
 )
 _machine: list[Machine] = []
+_compiled: list[bool] = []
 
 home = product.home
 
@@ -33,11 +35,13 @@ def why_not() -> None:
     return None
 
 
-def part(rows: Sequence[Row], rules: Sequence[GroupRule], home: Any, averages: bool) -> Part:
-    return Part(rows, rules, averages)
+def part(
+    rows: Sequence[Row], rules: Sequence[GroupRule], home: Any, averages: bool
+) -> product.Part:
+    return (_WatchedPart if _compiled[-1] else _Part)(rows, rules, averages)
 
 
-class Part(product.Part):
+class _Saying(product.Part):
     """The product's part, which says what it reaches."""
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
@@ -55,11 +59,11 @@ class Part(product.Part):
     def _say(self, inputs: Inputs) -> None:
         def reach() -> Iterator[tuple[torch.Tensor, bool]]:
             yield self._counters, True
-            for r, row in enumerate(self.rows):
+            for row in self.rows:
                 if row.param.grad is None:
                     continue
                 yield row.param, True
-                yield self._copies.get(r, row.param.grad), False
+                yield row.param.grad, False
                 inner = inputs.state.get(row.param) or {}
                 for key in (*self._rules[row.group].keys, AVERAGE):
                     if key in inner:
@@ -68,19 +72,32 @@ class Part(product.Part):
         _machine[-1].memory = reach
 
 
+class _Part(_Saying):
+    pass
+
+
+class _WatchedPart(_Saying, triton_watch.WatchedPart):
+    pass
+
+
 ROW = backends.Backend("triton", "device.triton_backend", ("cpu",), "Triton's PTX on the CPU")
 
 
 @contextmanager
-def triton_backend(capability: int = 90) -> Iterator[Machine]:
-    """Step CPU tensors by the Triton kernels of a compute capability, inside the block."""
+def triton_backend(capability: int = 90, *, compiled: bool | None = None) -> Iterator[Machine]:
+    """Step CPU tensors by the Triton kernels of a compute capability, inside the block.
+
+    `compiled` says who reads the tensors, compiled code or Python; unsaid, as the product does.
+    """
     with on_cpu(capability) as machine, pytest.MonkeyPatch.context() as patch:
         machine.written = _WRITTEN
         rows = tuple(ROW if row.name == "triton" else row for row in backends.BACKENDS)
         patch.setattr(backends, "BACKENDS", rows)
         _machine.append(machine)
+        _compiled.append(triton_watch.can_watch() if compiled is None else compiled)
         try:
             with pyupdate.use_backend("triton"):
                 yield machine
         finally:
             _machine.pop()
+            _compiled.pop()
