@@ -40,7 +40,7 @@ WITH_PEERS = (MODEL, SMALL, MUONS)
 """Where the contestants that are not torch's take part: elsewhere a dozen copies of a model fill
 the memory, and say what these say."""
 COMPILED = (("kinds", MODEL, "step"), ("kinds", MODEL, "full"), ("kinds", SMALL, "step"))
-"""Sections, models and kinds where the compiled step takes part: it compiles for a minute each."""
+"""Sections, models and kinds where those take part that compile a step, for a minute each."""
 HALVES = (MODEL, "GPT-2 124M", SMALL)
 HUGE = "one of 100M"
 

@@ -88,7 +88,8 @@ def makers(cell: Cell) -> dict[str, Optimizer]:
     if peers is not None and cell.section in ("kinds", "rules") and cell.of in WITH_PEERS:
         found |= peers.makers(cell.kind, cell.rule)
         if (cell.section, cell.of, cell.kind) not in COMPILED:
-            found.pop(peers.COMPILED, None)
+            for name in (peers.COMPILED, "heavyball"):
+                found.pop(name, None)
     return found | {OURS: ours}
 
 
