@@ -88,9 +88,10 @@ bench-check: $(installed)
 
 # Without a library its rows say that it is absent; the next make tries again.
 $(peers): $(tools) constraints.txt benchmarks/requirements.txt
-	@missing=; grep -v '^#' benchmarks/requirements.txt | { while read -r line; do \
+	@mkdir -p build; missing=; grep -v '^#' benchmarks/requirements.txt | { while read -r line; do \
 	  $(pip) install -q -c constraints.txt --no-deps $$line </dev/null || { missing=1; echo "bench: SKIPPED: pip could not install $${line%% *}" >&2; }; \
 	done; if [ -z "$$missing" ]; then touch $@; fi; }
+	@$(bin)/python benchmarks/peers.py --build >build/peers.log 2>&1 || echo "bench: DeepSpeed's kernels: see build/peers.log" >&2
 
 predicted: $(installed)
 	$(bin)/python benchmarks/predicted.py

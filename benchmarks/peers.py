@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every other library that steps the same rules on this machine, and why the others do not.
 
-    python benchmarks/peers.py    # each peer and rule, held to the rule in fp64, and who is absent
+    python benchmarks/peers.py          # each peer and rule, held to fp64, and who is absent
+    python benchmarks/peers.py --build  # compile what DeepSpeed compiles when it is first used
 
 `makers` are those that share a process with us. Each takes our defaults of a rule, so all make the
 same step. `check` says whether one does: whoever does not is listed with its distance, never timed.
@@ -58,6 +59,7 @@ class Peer:
         given: what its constructor takes besides the rule's numbers.
         corrections: the dtype in which it makes bias corrections.
         consumes: writes on the gradients, which have to be put back before every step.
+        compiles: by inductor, at the first step.
         numbers: of the rule, in the place of ours: where the libraries' formulas part.
     """
 
@@ -66,6 +68,7 @@ class Peer:
     given: dict[str, Any]
     corrections: torch.dtype = torch.float64
     consumes: bool = False
+    compiles: bool = False
     numbers: dict[str, Any] | None = None
 
 
@@ -107,6 +110,7 @@ ROWS = {
         {},
         torch.float32,
         consumes=True,
+        compiles=True,
         numbers={"eps": NO_EPS},
     ),
     "bitsandbytes": Peer(
@@ -197,6 +201,8 @@ def _of(peer: Peer, rule: str) -> Optimizer:
     options = _taken(kind, defaults(rule) | (peer.numbers or {}) | given)
 
     def make(params: list[nn.Parameter]) -> Any:
+        if peer.compiles:
+            _refuse_many(params)
         made = kind(params, **options)
         made.consume_grad = peer.consumes
         return made
@@ -222,14 +228,18 @@ def _compiled(stock: Any, numbers: dict[str, Any]) -> Optimizer:
         torch._dynamo.config.recompile_limit = 1 << 10
         torch._dynamo.config.accumulated_recompile_limit = 1 << 12
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        if len(params) > LARGEST:
-            message = f"{len(params)} tensors: more than {LARGEST} take minutes to compile"
-            raise ValueError(message)
+        _refuse_many(params)
         made = stock(params, **options)
         made.step = torch.compile(made.step)
         return made
 
     return make
+
+
+def _refuse_many(params: list[nn.Parameter]) -> None:
+    if len(params) > LARGEST:
+        message = f"{len(params)} tensors: more than {LARGEST} take minutes to compile"
+        raise ValueError(message)
 
 
 def _hooked(stock: Any, numbers: dict[str, Any]) -> Optimizer:
@@ -309,6 +319,16 @@ def _said(name: str, kind: str, rule: str, make: Optimizer, workload: Workload) 
     return f"right: {off:.1f} eps off"
 
 
+def build() -> int:
+    """Compile what peers compile when they are first used, so that no table waits for it."""
+    for rule in ROWS["DeepSpeed"].classes if "DeepSpeed" not in absent() else ():
+        try:
+            makers("step", rule)["DeepSpeed"]([nn.Parameter(torch.zeros(1))])
+        except RuntimeError as error:
+            print(f"DeepSpeed: {rule}: {error}", file=sys.stderr)
+    return 0
+
+
 def main() -> int:
     """Hold everyone to every rule that it has, in fp32 and with bf16 parameters."""
     for rule in optim.CLASSES:
@@ -324,4 +344,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(build() if sys.argv[1:] == ["--build"] else main())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peers import peer
+from peer_rules import peer
 
 import pyupdate
 from pyupdate.kernels.language import Rule
@@ -175,7 +175,7 @@ OTHERS = (
     _adan("adan"),
     _adan("adan", full=True, betas=(0.5, 0.75, 0.9), weight_decay=0.1, eps=1e-3, maximize=True),
 )
-"""Elementwise rules that torch has not; their truth is in peers.py."""
+"""Elementwise rules that torch has not; their truth is in peer_rules.py."""
 
 FULL = tuple(case for case in CASES if case.full)
 FULL_OTHERS = tuple(case for case in OTHERS if case.full)
