@@ -19,12 +19,13 @@ from pathlib import Path
 
 import matrix
 from measured import Record, against
-from run import RESULTS, SECONDS, in_a_process, read
+from run import RESULTS, in_a_process, read
 from tqdm import tqdm
 
 from pyupdate.bench.timing import disturbed
 
 WORSE = 0.25
+TOLD = ["--no-peers"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def main() -> int:
     committed = {record["key"]: record for record in read(chosen.against)}
     cells = matrix.chosen(matrix.CHECKED, only=chosen.only)
     verdicts = [
-        checked(cell, committed.get(cell.key), lambda one: in_a_process(one, SECONDS))
+        checked(cell, committed.get(cell.key), lambda one: in_a_process(one, TOLD))
         for cell in tqdm(cells, unit="cell")
     ]
     print(f"{'':13} {'committed':>8} {'now':>7}")

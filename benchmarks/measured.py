@@ -37,13 +37,14 @@ TORCHS = (BASELINE, "torch foreach", "torch loop", "torch")
 Record = dict[str, Any]
 
 
-def measured(cell: Cell, *, seconds: float, scale: float = 1.0) -> Record:
+def measured(cell: Cell, *, seconds: float, scale: float = 1.0, with_peers: bool = True) -> Record:
     """Measure one cell, with the machine's calibration before and after.
 
     Args:
         cell: what.
         seconds: of timing, at least.
         scale: of the models, as `shapes.Model.shapes` takes it.
+        with_peers: whether other libraries than torch take part.
     """
     with timing.settled(cell.threads):
         before = timing.calibrate()
@@ -55,7 +56,7 @@ def measured(cell: Cell, *, seconds: float, scale: float = 1.0) -> Record:
             found = measure(
                 cell.workload(scale),
                 cell.kind,
-                makers(cell),
+                makers(cell, with_peers=with_peers),
                 seconds=seconds,
                 threads=cell.threads,
                 rounds=ROUNDS,
@@ -74,7 +75,7 @@ def measured(cell: Cell, *, seconds: float, scale: float = 1.0) -> Record:
     }
 
 
-def makers(cell: Cell) -> dict[str, Optimizer]:
+def makers(cell: Cell, *, with_peers: bool = True) -> dict[str, Optimizer]:
     """The contestants of a cell, ours last."""
     if cell.rule in COMPOSITE:
         return {"torch": getattr(torch.optim, cell.rule), OURS: getattr(optim, cell.rule)}
@@ -85,7 +86,8 @@ def makers(cell: Cell) -> dict[str, Optimizer]:
     if cell.section == "backends":
         found = {BASELINE: found[BASELINE]}
         found[f"{OURS} in Python"] = on("reference", ours)
-    if peers is not None and cell.section in ("kinds", "rules") and cell.of in WITH_PEERS:
+    joined = cell.section in ("kinds", "rules") and cell.of in WITH_PEERS
+    if peers is not None and with_peers and joined:
         found |= peers.makers(cell.kind, cell.rule)
         if (cell.section, cell.of, cell.kind) not in COMPILED:
             for name in (peers.COMPILED, "heavyball"):

@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
     if chosen.one:
         cell = next(cell for cell in matrix.cells() if cell.key == chosen.one)
-        found = measured(cell, seconds=chosen.seconds, scale=chosen.scale)
+        found = measured(
+            cell, seconds=chosen.seconds, scale=chosen.scale, with_peers=not chosen.no_peers
+        )
         chosen.output.write_text(json.dumps(found))
         return 0
     among = matrix.QUICK if chosen.quick else tuple(matrix.cells())
@@ -89,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing in a cell")
     parser.add_argument("--attempts", type=int, default=ATTEMPTS, help="at a cell, if disturbed")
     parser.add_argument("--within", type=float, help="begin no cell after so many seconds")
+    parser.add_argument("--no-peers", action="store_true", help="torch and ours alone")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     parser.add_argument("--draw", action="store_true", help="publish what is there; measure none")
@@ -108,18 +111,22 @@ def measure_all(cells: list[matrix.Cell], chosen: argparse.Namespace) -> bool:
             if chosen.within is not None and time.monotonic() - begun > chosen.within:
                 return False
             bar.set_postfix_str(cell.key)
-            append(CELLS, steadiest(cell, chosen.seconds, chosen.scale, chosen.attempts))
+            append(CELLS, steadiest(cell, given(chosen), chosen.attempts))
             bar.update()
     return True
 
 
-def steadiest(
-    cell: matrix.Cell, seconds: float, scale: float = 1.0, attempts: int = ATTEMPTS
-) -> Record:
+def given(chosen: argparse.Namespace) -> list[str]:
+    """What a cell's process is told of the command line."""
+    told = ["--seconds", str(chosen.seconds), "--scale", str(chosen.scale)]
+    return [*told, *(["--no-peers"] if chosen.no_peers else [])]
+
+
+def steadiest(cell: matrix.Cell, told: list[str], attempts: int = ATTEMPTS) -> Record:
     """The first record during which the machine held still, or the one in which it moved least."""
     found: list[Record] = []
     while len(found) < attempts:
-        found.append(in_a_process(cell, seconds, scale))
+        found.append(in_a_process(cell, told))
         if "why_not" in found[-1] or not timing.disturbed(found[-1]):
             break
     return min(found, key=_disturbance)
@@ -131,12 +138,11 @@ def _disturbance(record: Record) -> float:
     )
 
 
-def in_a_process(cell: matrix.Cell, seconds: float, scale: float = 1.0) -> Record:
+def in_a_process(cell: matrix.Cell, told: list[str]) -> Record:
     """The record of a cell; of one that fails, why."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
-        command = [sys.executable, __file__, "--one", cell.key, "--output", str(out)]
-        command += ["--seconds", str(seconds), "--scale", str(scale)]
+        command = [sys.executable, __file__, "--one", cell.key, "--output", str(out), *told]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=LIMIT_S
@@ -148,7 +154,7 @@ def in_a_process(cell: matrix.Cell, seconds: float, scale: float = 1.0) -> Recor
             record: Record = json.loads(out.read_text())
             return record
     tqdm.write(f"{cell.key}: not measured: {why}", file=sys.stderr)
-    return {"key": cell.key, **cell.facts(), "why_not": why, "scale": scale}
+    return {"key": cell.key, **cell.facts(), "why_not": why}
 
 
 def stands(record: Record, here: dict[str, Any], scale: float) -> bool:

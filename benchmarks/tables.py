@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from matrix import SECTIONS
+from matrix import SECTIONS, cells
 
 from pyupdate.bench.contestants import OURS
 from pyupdate.bench.timing import disturbed
@@ -40,8 +40,8 @@ def where(ran: list[Record]) -> str:
         f"{machine['machine']}, {machine['processors']} processors; Python {machine['python']}, "
         f"torch {machine['torch']}; pyupdate {machine['pyupdate']}, back end "
         f"{machine['backend']} ({machine['instruction_set']}, {machine['compiler']}). "
-        f"{len(ran)} cells, {times[0][:16]} to {times[-1][:16]} UTC, commits "
-        f"{', '.join(commits) or 'unknown'}; {marked} disturbed, marked \\*.\n"
+        f"{len(ran)} of {len(list(cells()))} cells, {times[0][:16]} to {times[-1][:16]} UTC, "
+        f"commits {', '.join(commits) or 'unknown'}; {marked} disturbed, marked \\*.\n"
     )
 
 

@@ -104,11 +104,11 @@ def measuring(monkeypatch, tmp_path):
     said: list[str] = []
     interrupt_at: list[int] = []
 
-    def in_a_process(cell, seconds, scale=1.0):
+    def in_a_process(cell, told):
         if len(said) in interrupt_at:
             raise KeyboardInterrupt
         said.append(cell.key)
-        return record(cell, scale=scale)
+        return record(cell)
 
     monkeypatch.setattr(run, "CELLS", tmp_path / "cells.jsonl")
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
@@ -130,7 +130,7 @@ def test_a_run_goes_on_where_it_was_interrupted(measuring) -> None:
     assert run.main(["--quick"]) == 0
     assert said == [cell.key for cell in matrix.QUICK]
     shown = (run.CELLS.parent / "tables.md").read_text()
-    assert "11 cells" in shown and "AdamW on every model" in shown
+    assert f"11 of {len(list(matrix.cells()))} cells" in shown and "AdamW on every model" in shown
     assert run.main(["--quick"]) == 0 and len(said) == 11
 
 
@@ -163,9 +163,9 @@ def test_what_cannot_stand_beside_is_measured_again(measuring, old) -> None:
 def test_a_disturbed_cell_is_repeated_and_marked(monkeypatch) -> None:
     moves = iter([0.4, 0.2, 0.3])
     monkeypatch.setattr(run, "in_a_process", lambda *_: record(CELL, moved=next(moves)))
-    assert run.steadiest(CELL, 1.0)["moved"] == 0.2
+    assert run.steadiest(CELL, [])["moved"] == 0.2
     moves = iter([0.4, 0.1])
-    assert run.steadiest(CELL, 1.0)["moved"] == 0.1
+    assert run.steadiest(CELL, [])["moved"] == 0.1
     text = tables.as_markdown([record(CELL, moved=0.2)], {})
     assert "step \\* |" in text and "1 disturbed" in text
 
@@ -175,12 +175,12 @@ def test_who_is_there_all_the_time_disturbs_too(monkeypatch) -> None:
     assert "0 disturbed" in tables.as_markdown([record(CELL, others=0.05), record(CELL)], {})
     crowds = iter([0.5, 0.2, 0.3])
     monkeypatch.setattr(run, "in_a_process", lambda *_: record(CELL, others=next(crowds)))
-    assert run.steadiest(CELL, 1.0)["others"] == 0.2
+    assert run.steadiest(CELL, [])["others"] == 0.2
 
 
 def test_a_process_that_fails_is_a_cell_with_a_reason(monkeypatch, capsys) -> None:
     nobody = matrix.Cell("kinds", "nobody")
-    found = run.in_a_process(nobody, 1.0)
+    found = run.in_a_process(nobody, [])
     assert found["why_not"] == "StopIteration" and "machine" not in found
     assert "nobody" in capsys.readouterr().err
     known = found | {"key": CELL.key}
