@@ -89,6 +89,20 @@ class DevicePlan {
     return reinterpret_cast<char*>(tables.grad_sums) - scratch_;
   }
 
+  // The rest of a step after `reduce`, by the sums of several plans' rows, `count` of them at an
+  // address on the device, and a flag like a reduce pass's own.
+  void finish(const Wanted& wanted, const Places& places, int64_t sums, int64_t count,
+              int64_t nonfinite) {
+    const Busy busy(*plan_);
+    const Request request = request_of(wanted, places);
+    const OnDevice current(plan_->device().id);
+    const Tables tables =
+        image_.at(tables_, scratch_, reinterpret_cast<Outcome*>(std::get<0>(places)));
+    check(cuda::finish(tables, request, reinterpret_cast<double*>(sums), count,
+                       reinterpret_cast<uint32_t*>(nonfinite), stream()));
+    apply_all(tables, request);
+  }
+
   // The apply pass alone, with a multiplier that somebody made of several plans' sums.
   void apply(const py::list& groups, const py::dict& state, const Numbers& numbers,
              const NumberAt& number_at, const Wanted& wanted, double multiplier,
@@ -190,8 +204,12 @@ class DevicePlan {
            const Places& places, const py::function& send) {
     const OnDevice current(plan_->device().id);
     const Tables tables = ready(numbers, number_at, request, places, send);
+    check(cuda::reduce(tables, request, image_.items(), blocks_, stream()));
+    apply_all(tables, request);
+  }
+
+  void apply_all(const Tables& tables, const Request& request) {
     void* const on = stream();
-    check(cuda::reduce(tables, request, image_.items(), blocks_, on));
     for (const Bucket& bucket : image_.buckets()) {
       for (int stage = 0; stage < rule_info(bucket.rule).stages; ++stage) {
         check(cuda::apply(tables, bucket, stage, request.reduce != 0, blocks_, on));
@@ -260,6 +278,8 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("check", &DevicePlan::look, py::arg("groups"), py::arg("state"), py::arg("numbers"))
       .def("reduce", &DevicePlan::reduce, py::arg("groups"), py::arg("state"), py::arg("numbers"),
            py::arg("number_at"), py::arg("request"), py::arg("places"), py::arg("send"))
+      .def("finish", &DevicePlan::finish, py::arg("request"), py::arg("places"), py::arg("sums"),
+           py::arg("count"), py::arg("nonfinite"))
       .def("apply", &DevicePlan::apply, py::arg("groups"), py::arg("state"), py::arg("numbers"),
            py::arg("number_at"), py::arg("request"), py::arg("multiplier"), py::arg("places"),
            py::arg("send"))

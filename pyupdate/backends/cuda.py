@@ -118,6 +118,8 @@ class Part:
         self._found = module.Found
         self._tables = torch.empty(0, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._outcome: torch.Tensor | None = None  # of a step that several devices make
+        self._scale: torch.Tensor | None = None
         self._counts = torch.zeros(len(rows), dtype=torch.float64, device=device)
         self._plan = plan_of(
             module.Plan, rows, rules, averages, device=(_DLPACK[device.type], device.index or 0)
@@ -133,12 +135,8 @@ class Part:
     # ----- one step -----------------------------------------------------------------------------
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
-        """The whole step; None, and nothing done, where it must be made in parts.
-
-        That is a mean over micro-batches whose number is no power of two, of gradients that a
-        scaler has scaled: then the scale is read, because only a division has the right bits.
-        """
-        if scaling.scale is not None and math.frexp(scaling.divisor)[0] != 0.5:
+        """The whole step; None, and nothing done, where it must be made in parts."""
+        if not can_be_read_there(scaling):
             return None
         request = request._replace(unscale=request.unscale / scaling.divisor)
         scale, flag = scaling.scale_on(self._device), scaling.found_on(self._device)
@@ -162,15 +160,78 @@ class Part:
             for param, key in made:
                 inputs.state[param].pop(key, None)
             raise
-        can_skip = request.skip or request.finite_norm or flag is not None
-        scaled = scaling.check or scaling.scale is not None
-        made_there = request.reduce or scaling.scale is not None
-        return LastUpdate(
-            (lambda: float(outcome[0])) if request.reduce else None,
-            (lambda: bool(_floats(outcome)[_SKIPPED] != 0.0)) if can_skip else False,
-            (lambda: float(outcome[1])) if made_there else request.unscale,
-            flag=_floats(outcome)[_FOUND_INF] if scaled else None,
+        return _what_was_done(outcome, request, scaling, flag)
+
+    # ----- a step of several devices (cuda_devices.py) ------------------------------------------
+
+    def make_ready(self, inputs: Inputs, made: list[tuple[torch.Tensor, str]]) -> None:
+        """Check everything, and make the state that is not there."""
+        while lacking := self.check(inputs):
+            self._make_state(lacking, inputs, made)
+
+    def reduce_there(self, inputs: Inputs, request: Request, scaling: Scaling) -> torch.Tensor:
+        """What each row with a gradient adds to the norm, on the device."""
+        scale = scaling.scale_on(self._device)
+        self._outcome = self._new_outcome()
+        self._scale = scale
+        numbers, number_at = self._numbers(inputs)
+        begin = self._plan.reduce(
+            inputs.groups,
+            inputs.state,
+            numbers,
+            number_at,
+            request._replace(unscale=request.unscale / scaling.divisor),
+            (self._outcome.data_ptr(), _address(scale), 0),
+            self._send,
         )
+        return self._scratch[begin : begin + 8 * len(self.active())].view(torch.float64)
+
+    def finish_there(
+        self, request: Request, scaling: Scaling, sums: torch.Tensor, found: torch.Tensor
+    ) -> LastUpdate:
+        """The rest of a step after `reduce_there`, by the sums of all devices' rows."""
+        request = request._replace(unscale=request.unscale / scaling.divisor)
+        flag = scaling.found_on(self._device)
+        outcome, scale = self._outcome, self._scale
+        assert outcome is not None
+        self._plan.finish(
+            request,
+            (outcome.data_ptr(), _address(scale), _address(flag)),
+            sums.data_ptr(),
+            sums.numel(),
+            found.data_ptr(),
+        )
+        self._outcome = self._scale = None
+        return _what_was_done(outcome, request, scaling, flag)
+
+    @property
+    def flag(self) -> torch.Tensor:
+        """Whether its last reduce pass met an inf or nan; one number on the device."""
+        return self._scratch[_FLAG].view(torch.int32)
+
+    def forget_reduce(self) -> None:
+        """After `reduce_there`, where the step is not made; what a check found absent stays so."""
+        self._plan.state_was_made(False)
+        if self._scratch.numel():
+            self._scratch[_FLAG].zero_()
+
+    def active(self) -> list[int]:
+        """The rows that have a gradient."""
+        active: list[int] = self._plan.active()
+        return active
+
+    def sent(self, host: torch.Tensor) -> torch.Tensor:
+        """A copy on the device, in the order of its stream."""
+        if self._device.type == "cpu":
+            return host
+        return host.pin_memory().to(self._device, non_blocking=True)
+
+    def refuse_while_capturing(self, what: str) -> None:
+        """Refuse what must be sent while a graph is captured."""
+        if self._plan.capturing():
+            self._refuse_capture(f"{what} is another one")
+
+    # ----- in parts -----------------------------------------------------------------------------
 
     def _make_state(
         self, rows: Sequence[int], inputs: Inputs, made: list[tuple[torch.Tensor, str]]
@@ -298,6 +359,29 @@ class Part:
     def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
         """Say what is wrong, or mend it, or vouch that it is right after all."""
         settle(self._plan, self._found, found, noticed, self.rows, self._rules, inputs)
+
+
+def can_be_read_there(scaling: Scaling) -> bool:
+    """Whether the device can do with a scaler's scale and flags as they stand there.
+
+    Not where a scaler's gradients are also divided by a number that is no power of two: then the
+    scale is read, because only a division has the right bits.
+    """
+    return scaling.scale is None or math.frexp(scaling.divisor)[0] == 0.5
+
+
+def _what_was_done(
+    outcome: torch.Tensor, request: Request, scaling: Scaling, flag: torch.Tensor | None
+) -> LastUpdate:
+    can_skip = request.skip or request.finite_norm or flag is not None
+    scaled = scaling.check or scaling.scale is not None
+    made_there = request.reduce or scaling.scale is not None
+    return LastUpdate(
+        (lambda: float(outcome[0])) if request.reduce else None,
+        (lambda: bool(_floats(outcome)[_SKIPPED] != 0.0)) if can_skip else False,
+        (lambda: float(outcome[1])) if made_there else request.unscale,
+        flag=_floats(outcome)[_FOUND_INF] if scaled else None,
+    )
 
 
 def _floats(outcome: torch.Tensor) -> torch.Tensor:

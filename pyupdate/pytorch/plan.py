@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from ..backends import REFERENCE, Backend, backend_for, choice
 from ..backends import cpu as cpu_backend
+from ..backends import cuda as cuda_backend
+from ..backends.cuda_devices import Devices
 from ..kernels.reduction import halving_tree, largest
 from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
@@ -66,6 +68,10 @@ class Plan:
             self.parts.append(backend.load().part(members, rules, home, averages))
             self._names.append(backend.name)
         self._order = {id(row.param): r for r, row in enumerate(rows)}
+        self._devices: Devices | None = None
+        of_cuda = [part for part in self.parts if isinstance(part, cuda_backend.Part)]
+        if len(self.parts) > 1 and len(of_cuda) == len(self.parts):
+            self._devices = Devices(of_cuda, self._order)
 
     def _home(self, row: Row) -> tuple[Backend, Hashable]:
         """The back end that steps a row, and what its rows have in common there."""
@@ -91,6 +97,12 @@ class Plan:
             done = whole.step(inputs, request_of(options, scaling), scaling)
             if done is not None:
                 if options.error_if_nonfinite:  # who asks for an error waits for the device
+                    request_of(options, scaling).check_norm(done.norm, options)
+                return done
+        if self._devices is not None:
+            done = self._devices.step(inputs, request_of(options, scaling), scaling)
+            if done is not None:
+                if options.error_if_nonfinite:
                     request_of(options, scaling).check_norm(done.norm, options)
                 return done
         scaling = scaling.read()
