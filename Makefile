@@ -7,6 +7,7 @@
 #   make test-tensorflow   those of the TensorFlow half, in their own process (make test runs them too)
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
 #   make bench    the benchmarks: half an hour; BENCH=--quick, three minutes; docs/benchmarks.md
+#   make bench-apart  the updates of FastEstimator and Keras, each in a process of its own
 #   make bench-check  a few of them again, their ratios to torch compared with the committed ones
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
@@ -28,7 +29,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench bench-check predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
+.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench bench-apart bench-check predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -82,6 +83,9 @@ slow: $(installed) $(tensorflow)
 BENCH ?=
 bench: $(installed) $(tensorflow) $(peers)
 	$(bin)/python benchmarks/run.py $(BENCH)
+
+bench-apart: $(installed) $(tensorflow) $(peers)
+	$(bin)/python benchmarks/apart.py
 
 bench-check: $(installed)
 	$(bin)/python benchmarks/gate.py

@@ -108,7 +108,6 @@ ROWS = {
         "heavyball",
         _same("AdamW"),
         {},
-        torch.float32,
         consumes=True,
         compiles=True,
         numbers={"eps": NO_EPS},
