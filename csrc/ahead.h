@@ -9,6 +9,11 @@
 #include <Python.h>
 #include <stddef.h>
 
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
 namespace pyupdate::ahead {
 
 constexpr size_t kLine = 64;
@@ -75,6 +80,43 @@ class Walk {
   PyObject* dict_;
   Depth depth_;
   Py_ssize_t at_ = 0;
+};
+
+// Tensors whose objects are read as a refresh reads them, and nothing is done with it: what that
+// costs at least, for benchmarks.
+class Objects {
+ public:
+  explicit Objects(std::vector<PyObject*> tensors) : tensors_(std::move(tensors)) {
+    for (PyObject* tensor : tensors_) {
+      if (!lead_to(tensor)) throw std::invalid_argument("torch does not say where an object leads");
+    }
+    for (PyObject* tensor : tensors_) Py_INCREF(tensor);
+  }
+  ~Objects() {
+    for (PyObject* tensor : tensors_) Py_DECREF(tensor);
+  }
+  Objects(const Objects&) = delete;
+  Objects& operator=(const Objects&) = delete;
+
+  // How many of them have a storage.
+  size_t read() const {
+    size_t seen = 0;
+    for (size_t start = 0; start < tensors_.size(); start += kTogether) {
+      const size_t end = std::min(start + kTogether, tensors_.size());
+      for (size_t i = start; i < end; ++i) object(tensors_[i]);
+      for (size_t i = start; i < end; ++i) implementation(tensors_[i]);
+      for (size_t i = start; i < end; ++i) storage(tensors_[i]);
+      for (size_t i = start; i < end; ++i) {
+        const char* found = pointer_at(pointer_at(tensors_[i], kImplOfObject), kStorageOfImpl);
+        seen += found != nullptr && pointer_at(found, 0) != nullptr ? 1 : 0;
+      }
+    }
+    return seen;
+  }
+
+ private:
+  static constexpr size_t kTogether = 16;  // of which each turn is made before the next one
+  std::vector<PyObject*> tensors_;
 };
 
 }  // namespace pyupdate::ahead

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "ahead.h"
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
 #include "plan_object.h"
@@ -330,9 +331,20 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   name_watch(m);
 
   py::class_<cpu::Stream>(m, "Stream", py::module_local())
-      .def(py::init<int64_t>(), py::arg("elements"))
+      .def(py::init<int64_t, bool>(), py::arg("elements"), py::arg("averages") = false)
       .def("run", &cpu::Stream::run, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly_static("BYTES", [](const py::object&) { return cpu::Stream::kBytes; });
+      .def("read", &cpu::Stream::read, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("bytes", &cpu::Stream::bytes)
+      .def_property_readonly_static("BYTES_READ",
+                                    [](const py::object&) { return cpu::Stream::kBytesRead; });
+  py::class_<ahead::Objects>(m, "Objects", py::module_local())
+      .def(py::init([](const py::list& tensors) {
+             std::vector<PyObject*> found;
+             for (const py::handle tensor : tensors) found.push_back(tensor.ptr());
+             return std::make_unique<ahead::Objects>(std::move(found));
+           }),
+           py::arg("tensors"))
+      .def("read", &ahead::Objects::read);
 
   m.def("step_together", &step_together, py::arg("steps"), py::arg("threads"));
   m.def("isa", [] { return std::string(passes().isa); });

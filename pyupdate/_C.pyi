@@ -26,12 +26,32 @@ class Found:
     def value(self) -> int: ...
 
 class Stream:
-    """Arrays that AdamW's seven streams go through, for benchmarks."""
+    """Arrays that AdamW's streams go through, for benchmarks."""
 
-    BYTES: ClassVar[int]
-    def __init__(self, elements: int) -> None: ...
+    BYTES_READ: ClassVar[int]
+    """That `read` moves an element."""
+
+    def __init__(self, elements: int, averages: bool = False) -> None:
+        """Make four arrays of so many float32, or with an average five."""
+
+    @property
+    def bytes(self) -> int:
+        """That `run` moves an element."""
+
     def run(self, threads: int) -> None:
-        """One turn."""
+        """One turn of what a step reads and writes."""
+
+    def read(self, threads: int) -> None:
+        """One turn of what a norm reads."""
+
+class Objects:
+    """Tensors' Python objects, read as a refresh reads them, for benchmarks."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        """ValueError for what is no tensor of a torch whose objects are known."""
+
+    def read(self) -> int:
+        """Follow each one to its storage; how many have one."""
 
 class Plan:
     """The rows of an optimizer that this module steps; every method re-reads every tensor."""

@@ -314,9 +314,22 @@ def test_threads_and_collection_are_as_before() -> None:
 def test_the_stream(compiled) -> None:
     run, moved = timing.stream(1000, 2)
     run()
-    assert moved == 28
+    assert moved == 28 and compiled.Stream.BYTES_READ == 4
+    averaging = compiled.Stream(1000, averages=True)
+    averaging.run(2)
+    averaging.read(2)
+    assert averaging.bytes == 36  # an average is read and written
     with pytest.raises(ValueError, match="at least one element"):
         compiled.Stream(0)
+
+
+def test_reading_objects(compiled) -> None:
+    tensors = [torch.ones(3), torch.nn.Parameter(torch.ones(2)), *torch.ones(40, 2)]
+    assert compiled.Objects(tensors).read() == 42
+    assert compiled.Objects([]).read() == 0
+    for wrong in (3, "text", object()):
+        with pytest.raises(ValueError, match="does not say where an object leads"):
+            compiled.Objects([torch.ones(1), wrong])
 
 
 @pytest.mark.parametrize("kind", ["step", "average"])

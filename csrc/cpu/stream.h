@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What this machine's memory gives a step at most: AdamW's access pattern without AdamW. Four
-// arrays are read, three of them are written, with a multiply-add each; benchmarks compare with it.
+// What this machine's memory gives a step at most: AdamW's access patterns without AdamW. Four
+// arrays are read and three of them written, with a multiply-add each; the gradient alone is read;
+// an average is read and written beside them. Benchmarks compare with it.
 #pragma once
 #include <stdint.h>
 
+#include <atomic>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "parallel.h"
 
@@ -13,15 +16,17 @@ namespace pyupdate::cpu {
 
 class Stream {
  public:
-  static constexpr int64_t kBytes = 28;  // that a turn moves an element
-
-  explicit Stream(int64_t elements) : elements_(elements) {
+  Stream(int64_t elements, bool averages) : elements_(elements), arrays_(averages ? 5 : 4) {
     if (elements < 1) throw std::invalid_argument("a stream needs at least one element");
-    for (auto& array : arrays_) array.reset(new float[static_cast<size_t>(elements)]);
     for (auto& array : arrays_) {
+      array.reset(new float[static_cast<size_t>(elements)]);
       for (int64_t i = 0; i < elements; ++i) array[static_cast<size_t>(i)] = 1.0f;
     }
   }
+
+  // That a turn moves an element.
+  int64_t bytes() const { return arrays_.size() > 4 ? 36 : 28; }
+  static constexpr int64_t kBytesRead = 4;
 
   // One turn through the arrays.
   void run(int threads) {
@@ -30,19 +35,52 @@ class Stream {
       float* b = arrays_[1].get();
       float* c = arrays_[2].get();
       const float* d = arrays_[3].get();
-      const int64_t end = elements_ * (team.rank + 1) / team.size;
+      const int64_t end = end_of(team);
+      if (arrays_.size() > 4) {
+        float* e = arrays_[4].get();
 #pragma GCC ivdep
-      for (int64_t i = elements_ * team.rank / team.size; i < end; ++i) {
-        b[i] = b[i] * 0.75f + d[i] * 0.25f;
-        c[i] = c[i] * 0.75f + d[i] * 0.25f;
-        a[i] = a[i] * 0.5f + b[i] * c[i] * 0.5f;
+        for (int64_t i = start_of(team); i < end; ++i) {
+          turn(&a[i], &b[i], &c[i], d[i]);
+          e[i] = e[i] * 0.75f + a[i] * 0.25f;
+        }
+        return;
       }
+#pragma GCC ivdep
+      for (int64_t i = start_of(team); i < end; ++i) turn(&a[i], &b[i], &c[i], d[i]);
+    });
+  }
+
+  // One turn through the array that is only read, into as many sums as hide an addition's latency.
+  void read(int threads) {
+    parallel(threads, [this](const Team& team) {
+      const float* d = arrays_[3].get();
+      float sums[kSums] = {};
+      int64_t i = start_of(team);
+      for (; i + kSums <= end_of(team); i += kSums) {
+        for (int k = 0; k < kSums; ++k) sums[k] += d[i + k] * d[i + k];
+      }
+      float total = 0.0f;
+      for (const float sum : sums) total += sum;
+      seen_.fetch_add(total > 0.0f ? 1 : 0,
+                      std::memory_order_relaxed);  // so that it is not dropped
     });
   }
 
  private:
+  static constexpr int kSums = 128;
+
+  static void turn(float* a, float* b, float* c, float d) {
+    *b = *b * 0.75f + d * 0.25f;
+    *c = *c * 0.75f + d * 0.25f;
+    *a = *a * 0.5f + *b * *c * 0.5f;
+  }
+
+  int64_t start_of(const Team& team) const { return elements_ * team.rank / team.size; }
+  int64_t end_of(const Team& team) const { return elements_ * (team.rank + 1) / team.size; }
+
   int64_t elements_;
-  std::unique_ptr<float[]> arrays_[4];
+  std::vector<std::unique_ptr<float[]>> arrays_;
+  std::atomic<int64_t> seen_{0};
 };
 
 }  // namespace pyupdate::cpu

@@ -213,7 +213,7 @@ def stream(elements: int, threads: int) -> tuple[Callable[[], object], int] | No
     if kind is None:
         return None
     made = kind(elements)
-    return (lambda: made.run(threads)), int(kind.BYTES)
+    return (lambda: made.run(threads)), int(made.bytes)
 
 
 def machine(threads: int) -> dict[str, Any]:

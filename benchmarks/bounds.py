@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the ratios of `ratios.py` can go on this machine: torch's time over that of bare loops.
+
+    python benchmarks/bounds.py
+
+The bare loops move the bytes of a step of ours and do nothing else: one turn through AdamW's seven
+streams, before it one through the gradients where there is a norm, with two streams more where
+there is an average. A workload of many small tensors also reads its tensors' Python objects, by
+one thread, as whoever reads every pointer anew must. Torch, pyupdate and the loops take turns in
+one process, so each finds the caches as the others have left them. Where torch's time over the
+loops' is below a target, no update in so many passes reaches the target on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from workloads import THREADS, WORKLOADS, pair
+
+from pyupdate import _C
+from pyupdate.bench import timing
+from pyupdate.bench.contestants import CLIPPED, KINDS, OURS, Contestant, Workload
+from pyupdate.bench.truth import check
+
+SECONDS = 4.0  # of timing a pair, at least
+SMALL = 1 << 12  # elements of a tensor, below which its objects cost as much as its numbers
+ONE_THREAD = 1 << 19  # elements, below which a step of ours wakes no second thread
+
+
+def bare_loops(workload: Workload, kind: str, ours: Contestant) -> Callable[[], None]:
+    """What moves the bytes of a step, whose state exists already, and computes nothing of it."""
+    stream = _C.Stream(workload.elements, kind == "average")
+    small = workload.elements // len(workload.shapes) < SMALL
+    objects = _C.Objects(_tensors(ours) if small else [])
+    threads = 1 if workload.elements < ONE_THREAD else THREADS
+
+    def run() -> None:
+        objects.read()
+        if kind in CLIPPED:
+            stream.read(threads)
+        stream.run(threads)
+
+    return run
+
+
+def _tensors(ours: Contestant) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for param in ours.params:
+        assert param.grad is not None
+        of_state = ours.optimizer.state[param].values()
+        found += [param, param.grad, *(value for value in of_state if torch.is_tensor(value))]
+    return found
+
+
+def measure(workload: Workload, kind: str) -> dict[str, Any]:
+    """Milliseconds of torch, of ours and of the loops, and torch's over both."""
+    with timing.settled(THREADS):
+        before = timing.calibrate()
+        baseline, ours = both = pair(workload, kind)
+        for one in both:
+            check(one, ours.optimizer)
+        runs: timing.Runs = {one.name: (one.prepare, one.run) for one in both}
+        runs["bare"] = (lambda: None, bare_loops(workload, kind, ours))
+        timing.warm_up(runs, seconds=SECONDS)
+        times = timing.interleave(runs, seconds=SECONDS)
+        moved = timing.moved(before, timing.calibrate())
+    torchs = times[baseline.name]
+    return {
+        "workload": workload.name,
+        "kind": kind,
+        "torch": 1e3 * torchs.median,
+        "ours": 1e3 * times[OURS].median,
+        "bare": 1e3 * times["bare"].median,
+        "reached": timing.ratio(torchs, times[OURS]),
+        "at most": timing.ratio(torchs, times["bare"]),
+        "target": workload.targets[kind],
+        "moved": moved,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated")
+    chosen = parser.parse_args()
+    print(f"{timing.machine(THREADS)['machine']}, {THREADS} threads, AdamW, float32")
+    print(
+        f"{'workload':26}{'kind':9}{'torch ms':>10}{'ours ms':>10}{'bare ms':>10}"
+        f"{'reached':>10}{'at most':>10}{'target':>9}",
+        flush=True,
+    )
+    for workload in WORKLOADS.values():
+        for kind in chosen.kind or KINDS:
+            if chosen.only not in workload.name or kind not in workload.targets:
+                continue
+            found = measure(workload, kind)
+            times = "".join(f"{found[name]:10.3f}" for name in ("torch", "ours", "bare"))
+            ratios = f"{found['reached']:9.2f}x{found['at most']:9.2f}x{found['target']:8.2f}x"
+            mark = "  DISTURBED" if found["moved"] > timing.MOVED else ""
+            print(f"{workload.name:26}{kind:9}{times}{ratios}{mark}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
