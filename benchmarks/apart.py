@@ -206,7 +206,6 @@ def measure(peer: str, kind: str, model: str, seconds: float) -> dict[str, Any]:
     sys.modules["triton"] = None  # type: ignore[assignment]
     workload = Workload(model, tuple(SHAPES[model]))
     with timing.settled(THREADS):
-        before = timing.calibrate()
         made = fastestimator(workload, kind) if peer == "fastestimator" else keras(workload, kind)
         eps = NO_EPS if peer == "keras" else 1e-8
         like = optim.AdamW([nn.Parameter(torch.zeros(2))], eps=eps)
@@ -220,6 +219,7 @@ def measure(peer: str, kind: str, model: str, seconds: float) -> dict[str, Any]:
                 failed[name] = str(error)
                 del made[name]
         runs = {name: (one.prepare, one.run) for name, one in made.items()}
+        before = timing.calibrate()  # not earlier: what TensorFlow sets up may move it too
         warm, steady = timing.warm_up(runs, seconds=seconds)
         times = timing.interleave(runs, seconds=seconds, rounds=8)
         moved = timing.moved(before, timing.calibrate())
