@@ -119,10 +119,11 @@ def growth(ran: list[Record]) -> Figure | None:
         "tensors": "number of tensors, 64 elements each",
         "elements": "elements of one tensor",
     }
-    if not any(record["section"] in sections for record in ran):
+    sections = {s: label for s, label in sections.items() if any(r["section"] == s for r in ran)}
+    if not sections:
         return None
-    figure = Figure(figsize=(8.0, 3.9), layout="constrained")
-    both = figure.subplots(1, 2)
+    figure = Figure(figsize=(4.0 * len(sections), 3.9), layout="constrained")
+    both = figure.subplots(1, len(sections), squeeze=False)[0]
     for axes, (section, label) in zip(both, sections.items(), strict=True):
         for name in MARKS:
             for threads, line in ((2, "-"), (1, ":")):

@@ -72,8 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     whole = len(cells) == len(list(matrix.cells()))
     folder = RESULTS if whole or chosen.draw else CELLS.parent
-    publish(read(CELLS), folder, absent=absent())
-    print(f"{folder}: {'all' if whole else 'some'} of the matrix")
+    records = read(CELLS)
+    publish(records, folder, absent=absent())
+    print(f"{folder}: {len(records)} cells of the matrix")
     if whole and not chosen.draw:
         CELLS.replace(CELLS.with_name("last.jsonl"))  # the next run measures anew
     return 0

@@ -99,7 +99,8 @@ def _called(record: Record) -> str:
     if record["section"] == "host":
         said = [f"{record['of']} tensors of one element"]
     elif record["section"] == "kinds":
-        said.append(f"({record['tensors']:,} tensors, {record['elements'] / 1e6:.3g}M)")
+        tensors = f"{record['tensors']:,} tensor{'s' if record['tensors'] > 1 else ''}"
+        said.append(f"({tensors}, {record['elements'] / 1e6:.3g}M)")
     if record["section"] == "rules":
         said = [record["rule"], *([] if record["of"] == "ResNet-50" else [f"({record['of']})"])]
     else:
