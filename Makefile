@@ -3,7 +3,7 @@
 # C++ compiler. Everything is installed in .venv, at the versions of constraints.txt.
 #   make demo     train a small network on handwritten digits through update_model
 #   make demo-tf  the same in Keras, on TensorFlow, which it installs
-#   make test     the tests, without those of minutes (make slow)
+#   make test     the tests, without those of minutes (make slow), in JOBS=2 processes
 #   make test-tensorflow   those of the TensorFlow half, in their own process (make test runs them too)
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
 #   make bench    the benchmarks: half an hour; BENCH=--quick, three minutes; docs/benchmarks.md
@@ -17,6 +17,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST ?=
+# Processes of make test. A file's tests stay in one: they share what they compile. The files go out in their order and not by
+# their number of tests, for those that compile are few tests, and long.
+JOBS ?= 2
+side_by_side := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 bin := $(VENV)/bin
 # A stamp is newer than what it was made of, or it is made again.
 venv := $(VENV)/.stamp-venv
@@ -63,7 +67,7 @@ demo-tf: $(installed) $(tensorflow)
 	@if [ -e $(tensorflow) ]; then set -x; $(bin)/python examples/digits_keras.py; fi
 
 test: $(installed)
-	$(bin)/python -m pytest -m 'not slow' $(PYTEST)
+	$(bin)/python -m pytest -m 'not slow' $(side_by_side) $(PYTEST)
 	$(MAKE) test-tensorflow
 
 # Without the wheels (no network, another machine) every file is skipped with its reason. tf-keras asks for a package named

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,44 +130,56 @@ class Build:
         return found
 
 
-def build_toys(folder: Path) -> Build:
+def build_toys() -> Build:
     """Run CMake as setup.py does, for other rules and under another name."""
-    cmake, ninja = tool("cmake"), tool("ninja")
-    run(
-        cmake,
-        *("-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-        f"-DCMAKE_CXX_COMPILER={compiler()}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DPYUPDATE_RULES={ROOT / 'tests' / 'toy_rules.py'}",
-        f"-DPYUPDATE_MODULE={TOY_MODULE}",
-        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-    )
-    run(cmake, "--build", folder)
+    with kept_folder("toys") as folder:
+        cmake(
+            folder,
+            f"-DPYUPDATE_RULES={ROOT / 'tests' / 'toy_rules.py'}",
+            f"-DPYUPDATE_MODULE={TOY_MODULE}",
+            "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        )
     return Build(folder)
 
 
 # ----- the modules of tests/device
 
-DEVICE_FOLDER = ROOT / "build" / "cuda_on_cpu"
-"""Kept between runs: the kernels of every rule take a minute."""
-
 
 def device_module(name: str) -> ModuleType:
     """A module of tests/device/CMakeLists.txt, built where it is not as its sources."""
-    cmake, ninja = tool("cmake"), tool("ninja")
-    DEVICE_FOLDER.mkdir(parents=True, exist_ok=True)
-    with (DEVICE_FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
-        run(
-            cmake,
-            *("-S", ROOT, "-B", DEVICE_FOLDER, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-            f"-DCMAKE_CXX_COMPILER={compiler()}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            "-DPYUPDATE_CUDA_ON_CPU=ON",
-        )
-        run(cmake, "--build", DEVICE_FOLDER, "--target", name, "--parallel", "2")
-        (path,) = DEVICE_FOLDER.glob(f"{name}.*so")
+    with kept_folder("cuda_on_cpu") as folder:
+        cmake(folder, "-DPYUPDATE_CUDA_ON_CPU=ON", target=name)
+        (path,) = folder.glob(f"{name}.*so")
         return load_module(name, path)
+
+
+# ----- builds
+
+
+@contextmanager
+def kept_folder(name: str) -> Iterator[Path]:
+    """A folder of build/ that this process alone has: tests run side by side.
+
+    It is kept between runs, for a build takes a minute.
+    """
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def cmake(folder: Path, *definitions: str, target: str = "all") -> None:
+    """Build in this folder what is not as its sources."""
+    program, ninja = tool("cmake"), tool("ninja")
+    run(
+        program,
+        *("-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+        f"-DCMAKE_CXX_COMPILER={compiler()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        *definitions,
+    )
+    run(program, "--build", folder, "--target", target, "--parallel", "2")
 
 
 def load_module(name: str, path: Path) -> ModuleType:

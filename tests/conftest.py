@@ -89,9 +89,9 @@ def backend_of_case(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def toy_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def toy_build() -> Build:
     """The CMake build of the toy rules; the test is skipped where there is no compiler."""
-    return build_toys(tmp_path_factory.mktemp("toys"))
+    return build_toys()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -88,7 +89,11 @@ def made(compiled: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "pyupdate.compile", "my_rules.py"],
         cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin"},
+        env={
+            "PYTHONPATH": str(ROOT),
+            "PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin",
+            "CMAKE_CXX_COMPILER_LAUNCHER": os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""),
+        },
         capture_output=True,
         text=True,
         check=False,
