@@ -141,7 +141,11 @@ def _tensorflow(dtype: str) -> dict[str, Any]:
         return tf.convert_to_tensor(value, dtype)
 
     def divide(a: Any, b: Any) -> Any:
-        return tf.math.divide(tensor(a), tensor(b))
+        divisor = tensor(b)
+        if not tf.executing_eagerly() and divisor.op.type == "Sqrt":
+            # XLA would multiply by its rsqrt: in Adadelta 10 units in the last place.
+            divisor = tf.where(divisor >= 0.0, divisor, tensor(float("nan")))
+        return tf.math.divide(tensor(a), divisor)
 
     def sqrt(x: Any) -> Any:
         return tf.sqrt(tensor(x))
