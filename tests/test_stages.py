@@ -47,9 +47,9 @@ def toys_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROWS, Toy, row)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def toy_module(compiled: Any, toy_build: Any) -> Iterator[Any]:
-    """The compiled toys, registered with the cpu back end."""
+    """The compiled toys, registered with the cpu back end while this file runs."""
     module = toy_build.module()
     cpu_backend.register_module(module)
     yield module
