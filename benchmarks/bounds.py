@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from workloads import THREADS, WORKLOADS, pair
@@ -56,27 +55,32 @@ def _tensors(ours: Contestant) -> list[torch.Tensor]:
     return found
 
 
-def measure(workload: Workload, kind: str) -> dict[str, Any]:
+def measure(workload: Workload, kind: str) -> dict[str, float]:
     """Milliseconds of torch, of ours and of the loops, and torch's over both."""
     with timing.settled(THREADS):
         before = timing.calibrate()
         baseline, ours = both = pair(workload, kind)
         for one in both:
             check(one, ours.optimizer)
-        runs: timing.Runs = {one.name: (one.prepare, one.run) for one in both}
-        runs["bare"] = (lambda: None, bare_loops(workload, kind, ours))
-        timing.warm_up(runs, seconds=SECONDS)
-        times = timing.interleave(runs, seconds=SECONDS)
+        theirs = (baseline.prepare, baseline.run)
+        against = {
+            OURS: (ours.prepare, ours.run),
+            "bare": (lambda: None, bare_loops(workload, kind, ours)),
+        }
+        times: dict[str, timing.Times] = {}
+        ratios: dict[str, float] = {}
+        for name, run in against.items():
+            runs: timing.Runs = {baseline.name: theirs, name: run}
+            timing.warm_up(runs, seconds=SECONDS)
+            times |= timing.interleave(runs, seconds=SECONDS)
+            ratios[name] = timing.ratio(times[baseline.name], times[name])
         moved = timing.moved(before, timing.calibrate())
-    torchs = times[baseline.name]
     return {
-        "workload": workload.name,
-        "kind": kind,
-        "torch": 1e3 * torchs.median,
+        "torch": 1e3 * times[baseline.name].median,
         "ours": 1e3 * times[OURS].median,
         "bare": 1e3 * times["bare"].median,
-        "reached": timing.ratio(torchs, times[OURS]),
-        "at most": timing.ratio(torchs, times["bare"]),
+        "reached": ratios[OURS],
+        "at most": ratios["bare"],
         "target": workload.targets[kind],
         "moved": moved,
     }
