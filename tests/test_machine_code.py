@@ -79,14 +79,25 @@ def test_resident_threads() -> None:
     assert machine_code.resident(Kernel("", 32, 33 << 10, 0, 0), 86) == 512
 
 
-def test_a_known_fault_passes_and_must_still_be_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_known_fault_passes_and_must_still_be_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {("muon 0", "fp32", "stack"): ((90,), "why"), ("lion 0", "bf16", "flight"): ((90,), "")}
+    monkeypatch.setattr(machine_code, "OPEN", known)
     faults = [
-        machine_code.Verdict("muon 0", "fp32", 64, 0, ["32 bytes of stack", "16 of local memory"]),
-        machine_code.Verdict("adafactor 0", "fp32", 56, 0, ["16 KiB of loads in flight"]),
+        machine_code.Verdict("muon 0", "fp32", 64, 0, ["32 bytes of stack"]),
+        machine_code.Verdict("lion 0", "bf16", 56, 0, ["16 KiB of loads in flight"]),
     ]
     assert machine_code.report(90, faults)
     assert not machine_code.report(90, faults[:1])
-    assert "adafactor 0 fp32: in flight is gone" in capsys.readouterr().out
+    assert "lion 0 bf16: flight is gone" in capsys.readouterr().out
+    assert not machine_code.report(80, faults)  # known on another architecture
     faults[1].faults.append("no loads of 16 bytes")
     assert not machine_code.report(90, faults)
     assert "no loads of 16 bytes (FAILED)" in capsys.readouterr().out
+
+
+def test_what_is_known_names_kernels_and_storages_that_there_are() -> None:
+    for (label, storage, _), (architectures, _) in machine_code.OPEN.items():
+        assert label in machine_code.WRITING and storage in machine_code.STORAGES
+        assert set(architectures) <= set(machine_code.ARCHITECTURES)

@@ -31,17 +31,19 @@ struct Chance {
   uint64_t key[kMaxRoles];
   int64_t begin;  // index in its row of the chunk's first element
 
-  template <class T, class S>
-  __device__ __forceinline__ void round(T value, S* to, int role, int i) const {
+  template <class S, class T>
+  __device__ __forceinline__ S rounded(T value, int role, int i) const {
+    S result;
     if constexpr (sizeof(S) == 2) {
       if (on) {
         const auto element = static_cast<uint64_t>(begin + i);
         const auto low = static_cast<uint32_t>(element);
-        store(value, to, draw(key[role], low, static_cast<uint32_t>(element >> 32)));
-        return;
+        store(value, &result, draw(key[role], low, static_cast<uint32_t>(element >> 32)));
+        return result;
       }
     }
-    store(value, to);
+    store(value, &result);
+    return result;
   }
 };
 
@@ -56,6 +58,9 @@ class Step {
   using Wide = pyupdate::Storage<T, T, T, T>;
   static constexpr int kStates = Stage::kElements - kFirstState;
   static constexpr bool kIsLast = kStage + 1 == Rule::Stages::size;
+  // Five roles, or sums: four of its elements of halves at once spill up to 116 bytes.
+  static constexpr bool kIsLarge = Stage::kElements > 4 || Stage::kSums > 0;
+  static __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
   static __device__ constexpr bool reads(int role) { return (Stage::kReads >> role & 1u) != 0; }
   static __device__ constexpr bool writes(int role) { return (Stage::kWrites >> role & 1u) != 0; }
 
@@ -87,13 +92,25 @@ class Step {
       chance_.begin = chunk.begin;
     }
     if (thread == 4 * kWarp) find_roles(tables, chunk);
+    if (thread == 5 * kWarp) chunk_ = chunk;
   }
 
-  __device__ __forceinline__ void run(int count, T* lanes) const {
+  // What `fill` was given, for what comes behind `run`: kept meanwhile it would take registers.
+  __device__ __forceinline__ const Chunk& chunk() const {
+    forget();
+    return chunk_;
+  }
+
+  __device__ __forceinline__ void run(T* lanes) const {
     constexpr int V = kTaken<Storage>;
-    visit<V>(
+    const int count = chunk_.count;
+    visit<V, 1>(
         count, misaligned_ == 0, [&](int i) { move<V>(i, lanes); },
         [&](int i) { move<1>(i, lanes); });
+    if (!kIsLast || average_ == nullptr) return;
+    visit<V, 1>(
+        count, misaligned_ == 0, [&](int i) { move_average<V>(i); },
+        [&](int i) { move_average<1>(i); });
   }
 
  private:
@@ -121,59 +138,87 @@ class Step {
     misaligned_ = used & 15;
   }
 
-  // V elements from `i` on.
+  // V elements from `i` on. Of a pack of halves W are computed at once, and a state of fp32 is
+  // moved as they need it: all eight together take up to 110 registers.
   template <int V>
   __device__ __forceinline__ void move(int i, T* lanes) const {
-    Pack<Param, V> param;
-    Pack<Grad, V> grad;
-    Pack<State, V> state[kStates + 1];
-    Pack<T, V> average;
-    const bool averages = kIsLast && average_ != nullptr;
+    constexpr int U = sizeof(State) == 2 ? V : smaller(V, 4);
+    constexpr int W = U > 4 && kIsLarge ? 2 : smaller(V, 4);
+    Pack<Param, V> param = {};
+    Pack<Grad, V> grad = {};
+    Pack<State, U> state[kStates + 1] = {};
     if constexpr (reads(kParam)) param = read<Param, V>(param_ + i);
     if constexpr (reads(kGrad)) grad = read<Grad, V>(grad_ + i);
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) {
-      if (reads(kFirstState + k)) state[k] = read<State, V>(state_[k] + i);
-    }
-    if (averages) {
-      average = read<T, V>(average_ + i);
-      if constexpr (!reads(kParam) && !writes(kParam)) param = read<Param, V>(param_ + i);
-    }
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      T value[kMaxRoles], left[Stage::kSums + 1];
-      if constexpr (reads(kParam)) value[kParam] = load(param.at[k]);
-      if constexpr (reads(kGrad)) value[kGrad] = load(grad.at[k]);
+#pragma unroll 1
+    for (int from = i; from < i + V; from += U) {
 #pragma unroll
       for (int s = 0; s < kStates; ++s) {
-        if (reads(kFirstState + s)) value[kFirstState + s] = load(state[s].at[k]);
+        if (reads(kFirstState + s)) state[s] = read<State, U>(state_[s] + from);
       }
-      Roles<Wide> at{value + kParam, value + kGrad, {}};
+#pragma unroll 1
+      for (int at = from; at < from + U; at += W) {
+        if constexpr (W != V) forget();
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) at.state[s] = value + kFirstState + s;
-      element<Stage, Wide>(at, 0, taken_, hyper_, per_tensor_, left, Place{});
-      if constexpr (writes(kParam)) chance_.round(value[kParam], &param.at[k], kParam, i + k);
+        for (int k = 0; k < W; ++k) move_one(param, grad, state, k, at + k, lanes);
+        param.template turn<W>();
+        grad.template turn<W>();
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) state[s].template turn<W>();
+      }
 #pragma unroll
       for (int s = 0; s < kStates; ++s) {
-        if (writes(kFirstState + s)) {
-          chance_.round(value[kFirstState + s], &state[s].at[k], kFirstState + s, i + k);
-        }
-      }
-      if (averages) {
-        average.at[k] = text::averaged<T>(average.at[k], load(param.at[k]), ema_weight_);
-      }
-#pragma unroll
-      for (int s = 0; s < Stage::kSums; ++s) {
-        T& lane = lanes[s * kLanes + i % kLanes + k];
-        lane = lane + left[s];
+        if (writes(kFirstState + s)) write(state[s], state_[s] + from);
       }
     }
     if constexpr (writes(kParam)) write(param, param_ + i);
+  }
+
+  // What the compiler has read of shared memory it reads again: hypers and keys that it keeps for
+  // all of a loop take registers.
+  static __device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
+
+  // Element `i`, which is the k-th of these packs.
+  template <class Params, class Grads, class States>
+  __device__ __forceinline__ void move_one(Params& param, const Grads& grad, States& state, int k,
+                                           int i, T* lanes) const {
+    T value[kMaxRoles], left[Stage::kSums + 1];
+    if constexpr (reads(kParam)) value[kParam] = load(param.get(k));
+    if constexpr (reads(kGrad)) value[kGrad] = load(grad.get(k));
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) {
-      if (writes(kFirstState + k)) write(state[k], state_[k] + i);
+    for (int s = 0; s < kStates; ++s) {
+      if (reads(kFirstState + s)) value[kFirstState + s] = load(state[s].get(k));
     }
-    if (averages) write(average, average_ + i);
+    Roles<Wide> at{value + kParam, value + kGrad, {}};
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) at.state[s] = value + kFirstState + s;
+    element<Stage, Wide>(at, 0, taken_, hyper_, per_tensor_, left, Place{});
+    if constexpr (writes(kParam))
+      param.set(k, chance_.template rounded<Param>(value[kParam], kParam, i));
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) {
+      if (writes(kFirstState + s)) {
+        const T result = value[kFirstState + s];
+        state[s].set(k, chance_.template rounded<State>(result, kFirstState + s, i));
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < Stage::kSums; ++s) {
+      T& lane = lanes[s * kLanes + i % kLanes];
+      lane = lane + left[s];
+    }
+  }
+
+  // V elements of the average, behind the parameter that this thread has written: in `move`, what
+  // few ask for would take registers of all.
+  template <int V>
+  __device__ __forceinline__ void move_average(int i) const {
+    const Pack<Param, V> param = read<Param, V>(param_ + i);
+    Pack<T, V> average = read<T, V>(average_ + i);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      average.set(k, text::averaged<T>(average.get(k), load(param.get(k)), ema_weight_));
+    }
+    write(average, average_ + i);
   }
 
   Param* param_;
@@ -186,6 +231,7 @@ class Step {
   T hyper_[Stage::kHypers + 1];
   T per_tensor_[Stage::kPerTensorRead + 1];
   Chance chance_;
+  Chunk chunk_;
 };
 
 // ----- what a row needs
@@ -243,10 +289,10 @@ __device__ __forceinline__ void leave_sums(const Tables& tables, const Chunk& ch
 
 // ----- the kernel
 
-// Blocks that a multiprocessor is to hold at once: 4 leave a thread 64 registers. The halves are
-// taken eight at a time and numbers of fp64 are two registers each, so there it is less.
+// Blocks that a multiprocessor is to hold at once: 4 leave a thread 64 registers. Numbers of fp64
+// are two registers each, so there it is less.
 template <class Storage>
-constexpr int kBlocks = sizeof(typename Storage::Param) == 4 ? 4 : 2;
+constexpr int kBlocks = sizeof(typename Storage::Compute) == 4 ? 4 : 2;
 
 template <class Rule, class Stage, int kStage, class Storage>
 __global__ void __launch_bounds__(kThreads, kBlocks<Storage>) apply_kernel(const Apply work) {
@@ -266,10 +312,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Storage>) apply_kernel(const
   bool odd = false;  // two of them: whoever is done fills the other one
   for (int64_t item = work.begin + blockIdx.x; item < work.end; item += gridDim.x) {
     const int64_t mirrored = work.begin + work.end - 1 - item;
-    const Chunk chunk = Chunk::of(tables, work.backwards ? mirrored : item);
-    steps[odd].fill(tables, chunk);
+    steps[odd].fill(tables, Chunk::of(tables, work.backwards ? mirrored : item));
     __syncthreads();
-    steps[odd].run(chunk.count, lanes);
+    steps[odd].run(lanes);
+    const Chunk& chunk = steps[odd].chunk();
     odd = !odd;
     if (kStage == 0 && chunk.index == 0 && threadIdx.x == 0) advance<Rule>(tables, chunk.row);
     if constexpr (kEnds) leave_sums<Rule, Stage>(tables, chunk, lanes, tree);

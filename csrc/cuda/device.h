@@ -41,9 +41,48 @@ Launched launched(const char* name, void (*kernel)(Arguments...), int64_t blocks
 // that
 //       they are global memory; these functions say it, and move 16 bytes where a pack has them.
 
+// The first W behind the others, so that the next W are found where those were: what is indexed by
+// a loop's counter would stand in local memory.
+template <int W, class S, int V>
+__device__ __forceinline__ void turned(S (&x)[V]) {
+  S first[W];
+#pragma unroll
+  for (int k = 0; k < W; ++k) first[k] = x[k];
+#pragma unroll
+  for (int k = 0; k < V - W; ++k) x[k] = x[k + W];
+#pragma unroll
+  for (int k = 0; k < W; ++k) x[V - W + k] = first[k];
+}
+
 template <class S, int V>
-struct alignas(sizeof(S) * V < 16 ? sizeof(S) * V : 16) Pack {
+struct Pack {
   S at[V];
+
+  __device__ __forceinline__ S get(int k) const { return at[k]; }
+  __device__ __forceinline__ void set(int k, S value) { at[k] = value; }
+  template <int W>
+  __device__ __forceinline__ void turn() {
+    turned<W>(at);
+  }
+};
+
+// Halves stay two a word until one is asked for: apart, each of them would take a register.
+template <class S, int V>
+  requires(sizeof(S) == 2 && V > 1)
+struct Pack<S, V> {
+  uint32_t word[V / 2];
+
+  __device__ __forceinline__ S get(int k) const {
+    return {static_cast<uint16_t>(word[k / 2] >> 16 * (k % 2))};
+  }
+  __device__ __forceinline__ void set(int k, S value) {
+    const uint32_t other = word[k / 2] & (k % 2 == 0 ? 0xffff0000u : 0x0000ffffu);
+    word[k / 2] = other | uint32_t{value.bits} << 16 * (k % 2);
+  }
+  template <int W>
+  __device__ __forceinline__ void turn() {
+    turned<W / 2>(word);
+  }
 };
 
 template <class S, int V>
@@ -102,18 +141,22 @@ struct Chunk {
 
 // Visits this thread's elements: packs of V from the aligned rows, single ones from the others and
 // behind the last whole pack. An element's lane (reduce.h) is its index mod kLanes, so here a lane
-// belongs to one thread in all of a chunk, which sees its elements in order.
-template <int V, class Whole, class Single>
+// belongs to one thread in all of a chunk, which sees its elements in order. Of the packs so many
+// are visited at once: more loads in flight, and more registers.
+template <int V, int kAtOnce, class Whole, class Single>
 __device__ __forceinline__ void visit(int count, bool aligned, const Whole& whole,
                                       const Single& single) {
   const int thread = static_cast<int>(threadIdx.x);
   if (aligned) {
     const int packs = count / V;
+#pragma unroll kAtOnce
     for (int pack = thread; pack < packs; pack += kThreads) whole(pack * V);
     if (thread == packs % kThreads) {
+#pragma unroll 1
       for (int i = packs * V; i < count; ++i) single(i);
     }
   } else {
+#pragma unroll 1
     for (int i = thread; i < count; i += kThreads) single(i);
   }
 }

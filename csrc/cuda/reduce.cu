@@ -26,14 +26,14 @@ __device__ __forceinline__ bool reduce_chunk(const typename Storage::Grad* grad,
     lane = join(lane, left[0]);
     nonfinite = nonfinite || text::nonfinite<T>(element[kGrad]) != T(0);
   };
-  visit<V>(
+  visit<V, 4>(
       count, reinterpret_cast<uintptr_t>(grad) % 16 == 0,
       [&](int i) {
         const Pack<S, V> pack = read<S, V>(grad + i);
 #pragma unroll
-        for (int k = 0; k < V; ++k) add(load(pack.at[k]), lanes[i % kLanes + k]);
+        for (int k = 0; k < V; ++k) add(load(pack.get(k)), lanes[i % kLanes + k]);
       },
-      [&](int i) { add(load(read<S, 1>(grad + i).at[0]), lanes[i % kLanes]); });
+      [&](int i) { add(load(read<S, 1>(grad + i).get(0)), lanes[i % kLanes]); });
   return nonfinite;
 }
 

@@ -7,11 +7,10 @@ No GPU is needed: nvcc, and of the Triton wheel cuobjdump and nvdisasm. A kernel
 
 - its PTX has a fused, approximate or flushing operation (the numeric contract);
 - it has a stack, spills, or touches local memory;
-- it is an apply kernel of fp32 storage and 256 threads of it do not fit four times on a
-  multiprocessor (64 registers), or one of another and they do not fit twice (128), or it cannot
-  load 16 bytes at once;
-- it is an apply kernel of fp32 storage that writes, and a multiprocessor full of it asks for less
-  than 32 KiB before the first use: what covers the latency of memory;
+- it is an apply kernel and 256 threads of it do not fit four times on a multiprocessor (64
+  registers), in fp64 twice (128), or it cannot load and store 16 bytes at once;
+- it is an apply kernel that writes, not of fp64, and a multiprocessor full of it asks for less than
+  32 KiB before the first use: what covers the latency of memory;
 - its machine code has more MUFU, FFMA or DFMA than a kernel with the same division and square root
   sites and nothing else: whatever is above was made by contraction;
 - it reaches global memory by anything but a 64-bit address.
@@ -50,10 +49,9 @@ COMPILER = "release 13.0"
 """Whose machine code the tables of docs/gpu.md describe."""
 
 THREADS = 256
-# Four blocks a multiprocessor, or two. Numbers of fp64 take two registers, and the halves are taken
-# eight at a time, for 16 bytes: with 64 registers those spill 4 to 140 bytes (nvcc 13.0, sm_90).
-MOST_REGISTERS = {"fp32": 64}
-MOST_REGISTERS_OTHERWISE = 128
+# Four blocks a multiprocessor, or two of fp64, whose numbers take two registers.
+MOST_REGISTERS = {"fp64": 128}
+MOST_REGISTERS_OTHERWISE = 64
 LEAST_IN_FLIGHT = 32 << 10
 # Rule and stage, where it writes elements; the others leave only sums.
 WRITING = {
@@ -66,15 +64,15 @@ MULTIPROCESSORS = {
     **{90: (2048, 228), 100: (2048, 228), 120: (1536, 100)},
 }
 
-_SPILLS = "ptxas 13.0 spills up to 100 bytes rather than take more than 64 registers"
+_SPILLS = "ptxas 13.0 spills up to 28 bytes rather than take more than 64 registers"
 OPEN: dict[tuple[str, str, str], tuple[tuple[int, ...], str]] = {
-    ("muon 0", "fp32", "stack"): ((80, 86, 89, 90), _SPILLS),
-    ("muon 0", "fp32", "local memory"): ((80, 86, 89, 90), _SPILLS),
-    ("adan 0", "fp32", "stack"): ((80, 86, 89, 100, 120), _SPILLS),
-    ("adan 0", "fp32", "local memory"): ((80, 86, 89, 100, 120), _SPILLS),
-    ("lamb 0", "fp32", "stack"): ((120,), _SPILLS),
-    ("lamb 0", "fp32", "local memory"): ((120,), _SPILLS),
-    ("adafactor 0", "fp32", "in flight"): (ARCHITECTURES, "it reads one role"),
+    (label, storage, fault): ((120,), _SPILLS)
+    for label, storages in (
+        ("adan 0", ("bf16", "fp16", "bf16+fp32", "fp16+fp32")),
+        ("lamb 0", ("bf16", "bf16+fp32", "fp16+fp32")),
+    )
+    for storage in storages
+    for fault in ("stack", "local memory")
 }
 """Faults that are known: rule and stage, storage, what is said; architectures, and the reason."""
 
@@ -206,7 +204,7 @@ def judge(kernel: Kernel, ptx: str, allowed: Kernel, architecture: int) -> Verdi
             faults.append("no loads of 16 bytes")
         if label in WRITING and kernel.wide("STG") == 0:
             faults.append("no stores of 16 bytes")
-        if kernel.wide("STG") > 0 and storage == "fp32" and in_flight < LEAST_IN_FLIGHT:
+        if kernel.wide("STG") > 0 and storage != "fp64" and in_flight < LEAST_IN_FLIGHT:
             faults.append(f"{in_flight >> 10} KiB of loads in flight")
     return Verdict(label, storage, kernel.registers, in_flight, faults)
 
