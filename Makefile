@@ -8,6 +8,7 @@
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
 #   make bench    the benchmarks: half an hour; BENCH=--quick, three minutes; docs/benchmarks.md
 #   make bench-apart  the updates of FastEstimator and Keras, each in a process of its own
+#   make bench-keras  a Keras step beside Keras's own, eager, in tf.function and compiled
 #   make bench-check  a few of them again, their ratios to torch compared with the committed ones
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
@@ -33,7 +34,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench bench-apart bench-check predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
+.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench bench-apart bench-keras bench-check predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -90,6 +91,9 @@ bench: $(installed) $(tensorflow) $(peers)
 
 bench-apart: $(installed) $(tensorflow) $(peers)
 	$(bin)/python benchmarks/apart.py
+
+bench-keras: $(installed) $(tensorflow)
+	@if [ -e $(tensorflow) ]; then set -x; $(bin)/python benchmarks/keras_steps.py; fi
 
 bench-check: $(installed)
 	$(bin)/python benchmarks/gate.py
