@@ -19,8 +19,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "triton", "tensorflow", "keras", "pybind11")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "triton",
+    "tensorflow",
+    "tensorflow-cpu",
+    "keras",
+    "tf-keras",
+    "pybind11",
+)
 """Shown with their versions, which are read without importing them."""
+TENSORFLOWS = ("tensorflow", "tensorflow-cpu")
+KERASES = ("keras", "tf-keras")
 FRAGILE = ("torch", "pyupdate._C")
 """Imported in a child process first."""
 TRY_THEM = """
@@ -67,6 +78,7 @@ def report() -> Report:
         "backends": ask("back ends", lambda: back_ends(killers)) or [],
         "choice": ask("choice", _choice),
     }
+    found["keras_models"] = ask("Keras models", keras_models)
     found["backend"] = ask("back end in force", lambda: backend_in_force(found["backends"]))
     found["instruction_sets"] = ask("instruction sets", instruction_sets)
     found["threads"] = ask("threads", threads)
@@ -119,6 +131,22 @@ def back_ends(killers: dict[str, str] | None = None) -> list[dict[str, Any]]:
         for row in backends.BACKENDS
         for why in [reasons[row.name]]
     ]
+
+
+def keras_models() -> dict[str, Any]:
+    """Whether Keras models can be stepped, as far as it is seen without importing TensorFlow.
+
+    Importing it takes seconds, and after Triton in one process it aborts.
+    """
+    reason = None
+    chosen = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if not any(map(_installed, TENSORFLOWS)):
+        reason = "TensorFlow is not installed: pip install 'pyupdate[tensorflow]'"
+    elif not any(map(_installed, KERASES)):
+        reason = "neither keras nor tf-keras is installed: pip install 'pyupdate[tensorflow]'"
+    elif _installed("keras") and chosen != "tensorflow":
+        reason = f"KERAS_BACKEND={chosen}: set it to tensorflow before Keras is imported"
+    return {"runs": reason is None, "reason": reason}
 
 
 def backend_in_force(rows: list[dict[str, Any]]) -> str | None:
@@ -255,6 +283,9 @@ def as_text(found: Report) -> str:
     for row in found["backends"]:
         state = "can run" if row["runs"] else f"CANNOT RUN: {row['reason']}"
         lines.append(f"back end     {row['name']}: {state} ({row['summary']})")
+    if keras := found["keras_models"]:
+        state = "can run, compiled by XLA" if keras["runs"] else f"CANNOT RUN: {keras['reason']}"
+        lines.append(f"Keras models {state}")
     force = found["backend"] or "NONE"
     lines.append(f"in force     {force}, chosen by '{found['choice']}', for parameters on the CPU")
     lines += _compiled_lines(found)

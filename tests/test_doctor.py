@@ -36,6 +36,12 @@ def anew() -> Iterator[None]:
     backends._why_not.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def reported() -> info.Report:
+    """A report of this process."""
+    return info.report()
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with a copy of the package that was never built."""
@@ -277,3 +283,33 @@ def test_the_self_test_fails_where_a_back_end_forgets_the_clip(
     results = list(selftest.run())
     assert {result.rule for result in results} == set(RULES)
     assert {result.rule for result in results if result.passed} == set(RULES) - READ_GRADIENTS
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen", "reason"),
+    [
+        ({"tensorflow-cpu", "keras"}, "tensorflow", None),
+        ({"tensorflow", "tf-keras"}, "torch", None),  # tf-keras has no other back end
+        (
+            {"keras"},
+            "tensorflow",
+            "TensorFlow is not installed: pip install 'pyupdate[tensorflow]'",
+        ),
+        ({"tensorflow"}, "tensorflow", "neither keras nor tf-keras is installed"),
+        ({"tensorflow", "keras"}, "jax", "KERAS_BACKEND=jax: set it to tensorflow"),
+    ],
+)
+def test_whether_keras_models_can_be_stepped(
+    monkeypatch: pytest.MonkeyPatch,
+    reported: info.Report,
+    there: set[str],
+    chosen: str,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(info, "_installed", lambda name: "1.0" if name in there else None)
+    monkeypatch.setenv("KERAS_BACKEND", chosen)
+    found = info.keras_models()
+    assert found["runs"] == (reason is None)
+    assert (reason or "") in (found["reason"] or "")
+    said = "can run, compiled by XLA" if reason is None else f"CANNOT RUN: {reason}"
+    assert f"Keras models {said}" in info.as_text(reported | {"keras_models": found})
