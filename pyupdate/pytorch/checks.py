@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim import optimizer as torch_optimizer
 
 from . import state
 
@@ -314,3 +315,19 @@ def _is_plainly_injective(tensor: Any) -> bool:
             return False
         reach += stride * (size - 1)
     return True
+
+
+def check_capturable(group: Mapping[str, Any]) -> None:
+    """Refuse what a device cannot capture.
+
+    Raises:
+        AssertionError: torch's own words.
+    """
+    supported = torch_optimizer._get_capturable_supported_devices()
+    for param in group["params"]:
+        if param.grad is not None and param.device.type not in supported:
+            message = (
+                "If capturable=True, params and state_steps must be on supported devices: "
+                f"{supported}."
+            )
+            raise AssertionError(message)

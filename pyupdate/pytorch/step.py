@@ -18,6 +18,7 @@ from .. import amp
 from ..backends import choice
 from ..backends import cpu as cpu_backend
 from ..options import LastUpdate, Options
+from .checks import check_capturable
 from .plan import Plan
 from .request import NormNotFinite, Scaling
 from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of
@@ -336,14 +337,13 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
         try:
             rule = row.rule(group)
         except KeyError as error:
-            name = type(optimizer).__name__
             message = (
-                f"{error} of parameter group {index} is missing, so {name} knows no rule for it: "
-                "set it to what the optimizer's constructor takes"
+                f"{error} of parameter group {index} is missing, so {type(optimizer).__name__} "
+                "knows no rule for it: set it to what the optimizer's constructor takes"
             )
             raise ValueError(message) from error
         if group.get("capturable", False):
-            _check_capturable(group)
+            check_capturable(group)
         known = engine.rules.get(rule.name)
         if known is None:
             known = engine.rules[rule.name] = GroupRule(rule, row.counts_steps)
@@ -352,22 +352,6 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
     options = options_of(optimizer)
     averages = options.ema_decay is not None
     return rules, Inputs(groups, optimizer.state, numbers, options.state_dtype, averages)
-
-
-def _check_capturable(group: Mapping[str, Any]) -> None:
-    """Refuse what a device cannot capture.
-
-    Raises:
-        AssertionError: torch's own words.
-    """
-    supported = torch_optimizer._get_capturable_supported_devices()
-    for param in group["params"]:
-        if param.grad is not None and param.device.type not in supported:
-            message = (
-                "If capturable=True, params and state_steps must be on supported devices: "
-                f"{supported}."
-            )
-            raise AssertionError(message)
 
 
 def _step_once(
@@ -397,10 +381,7 @@ def _step_once(
 
 
 def _plan(
-    engine: Engine,
-    inputs: Inputs,
-    rules: list[GroupRule],
-    key: tuple[int, ...] | None,
+    engine: Engine, inputs: Inputs, rules: list[GroupRule], key: tuple[int, ...] | None
 ) -> Plan:
     plan = engine.plans.get(key)
     # A plan without parts cannot tell whether the groups list other parameters by now.
