@@ -355,6 +355,18 @@ def test_the_models_zero_grad_in_a_loop_of_ones_own_is_refused(backend):
     close(model, twin)
 
 
+def test_a_counted_gradient_that_was_dropped_and_did_not_come_back_is_refused(backend):
+    kept, dropped = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = pyupdate.optim.SGD([kept, dropped], lr=0.25, accumulation_steps=2)
+    (kept + dropped).sum().backward()
+    optimizer.step()
+    dropped.grad = None
+    kept.sum().backward()
+    with pytest.raises(RuntimeError, match="1 of accumulation_steps=2 micro-batches were counted"):
+        optimizer.step()
+    assert (kept.tolist(), dropped.tolist()) == ([0.0], [0.0])
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_gradients_that_have_gradients_are_other_tensors_and_the_same_window(backend):
     param, linear = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
