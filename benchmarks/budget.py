@@ -84,9 +84,12 @@ def guess(cell: Cell) -> float:
     if cell.section in OTHERS:
         return OTHERS[cell.section]
     if cell.section == "targets":
-        return PROCESSES * (4.0 + 0.08e-6 * EVERY[cell.of].elements)
+        return PROCESSES * (1.8 + 0.08e-6 * EVERY[cell.of].elements)
     workload = cell.workload()
-    found = 3.0 + (0.2e-6 * workload.elements + 1e-3 * len(workload.shapes)) * cell.threads / 2
+    # One thread is asked of two contestants only.
+    found = (0.17e-6 * workload.elements + 1.5e-3 * len(workload.shapes)) * cell.threads / 2
     if cell.section in SIDE_BY_SIDE and cell.of in WITH_PEERS:
-        found += 4.0
-    return found
+        found += 5.0
+    if cell.section == "backends":  # Python takes a hundred times as long
+        found += 6.0 + 1e-6 * workload.elements
+    return 1.5 + found

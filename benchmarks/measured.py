@@ -21,7 +21,7 @@ import torch
 import training
 from matrix import SIDE_BY_SIDE, WITH_PEERS, Cell, cells
 from proofs import COMPOSITE, check_composite
-from stamp import stamp
+from stamp import digest, stamp
 
 import pyupdate
 from pyupdate import optim
@@ -40,6 +40,9 @@ PATIENCE = 2.0
 TORCHS = (BASELINE, "torch foreach", "torch loop", "torch")
 """What a ratio is to: the first of these that can make the step."""
 
+LOADED = digest()
+"""Of the bytes that this process runs: those on the disk may be others when a cell begins."""
+
 Record = dict[str, Any]
 
 
@@ -52,7 +55,7 @@ def measured(cell: Cell, *, seconds: float, scale: float = 1.0, with_peers: bool
         scale: of the models, as `shapes.Model.shapes` takes it.
         with_peers: whether other libraries than torch take part.
     """
-    made = stamp()
+    made = stamp() | {"sources": LOADED}
     with timing.settled(cell.threads):
         if cell.section == "training":
             found = training.measured(cell.of, seconds=seconds)

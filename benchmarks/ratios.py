@@ -38,6 +38,7 @@ SECONDS = 4.0  # of timing, at least
 PROCESSES = 3
 REPEATED = 2  # processes of a pair, at most, because the machine moved
 PATIENCE = 2.0
+LIMIT_S = 180.0  # of a process, which takes ten
 ALL_KINDS = (*KINDS, *DEFAULTS, *LAYERWISE)
 LATEST = Path(__file__).resolve().parent / "results" / "latest.json"
 
@@ -79,7 +80,11 @@ def in_a_process(workload: str, kind: str, *, seconds: float, bare: bool = False
     """What `measure` finds, alone in a process."""
     command = [sys.executable, str(Path(__file__)), "--one", workload, kind]
     command += ["--seconds", str(seconds), *(["--bare"] if bare else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        message = f"it took more than {LIMIT_S:.0f} s"
+        raise RuntimeError(message) from error
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
     found: Found = json.loads(done.stdout)
@@ -93,14 +98,25 @@ def cell(
     processes: int = PROCESSES,
     seconds: float = SECONDS,
     tick: Callable[[], object] = lambda: None,
+    ask: Callable[..., Found] | None = None,
 ) -> Found:
-    """Several processes for one pair, those in which the machine moved repeated."""
+    """Several processes for one pair, those in which the machine moved repeated.
+
+    Args:
+        workload: what is stepped.
+        kind: as `workloads.pair` takes it.
+        processes: quiet ones.
+        seconds: of timing in each.
+        tick: called after every process.
+        ask: starts a process, as `in_a_process`, which it is by default.
+    """
     made = stamp()
+    ask = ask or in_a_process
     still: list[Found] = []
     moved: list[Found] = []
     while len(still) < processes and len(moved) <= REPEATED:
         bare = "float32" in str(workload.dtype) and not still
-        found = in_a_process(workload.name, kind, seconds=seconds, bare=bare)
+        found = ask(workload.name, kind, seconds=seconds, bare=bare)
         (moved if timing.disturbed(found) else still).append(found)
         tick()
     kept = (still + sorted(moved, key=lambda one: float(one["moved"])))[:processes]
@@ -124,6 +140,7 @@ def cell(
         "processes": kept,
         "thrown_away": [one for one in moved if one not in kept],
         **made,
+        "changed_meanwhile": stamp() != made,
         "machine": timing.machine(THREADS),
     }
 

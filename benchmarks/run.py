@@ -7,11 +7,11 @@
     make bench BENCH='--section rules --rule Lion'
     .venv/bin/python benchmarks/run.py --list  # what there is
 
-A cell is measured in a process of its own and its record appended to build/bench/cells.jsonl at
-once: an interruption loses one cell, and the next run goes on behind it. Records of another
-machine, torch or source of pyupdate are measured again. A cell during which the machine did not
-hold still is measured again at the end, twice at most, and marked if it was never left alone. When
-the minutes are over, what there is is published; of cells that were not reached, and that this
+A cell is measured in a process of its own (`server.py`) and its record appended to build/bench/
+cells.jsonl at once: an interruption loses one cell, and the next run goes on behind it. Records of
+another machine, torch or source of pyupdate are measured again. A cell during which the machine did
+not hold still is measured again at the end, twice at most, and marked if it was never left alone.
+When the minutes are over, what there is is published; of cells that were not reached, and that this
 machine measured before, the published record stays, with the commit that it is of.
 """
 
@@ -25,12 +25,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import matrix
 import ratios
 from budget import Budget
 from measured import Record, absent
 from publish import RESULTS, publish
+from server import Server
 from stamp import digest
 from tqdm import tqdm
 from workloads import EVERY
@@ -43,6 +45,8 @@ MINUTES = 25.0
 SECONDS = 2.0
 OF_QUICK = 0.3
 ATTEMPTS = 3
+FRESH = ("apart", "compiled", "costs")
+"""Sections whose libraries do not bear others beside them, or that time what a start takes."""
 LIMIT_S = 300.0
 """For one process: a peer that compiles for longer is no use in a table of a hundred cells."""
 
@@ -128,7 +132,10 @@ def measure_all(
         if cell.key in done and not settled(done[cell.key]) and tried[cell.key] < chosen.attempts
     ]
     missing: list[matrix.Cell] = []
-    with tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar:
+    with (
+        Server() as server,
+        tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar,
+    ):
         while left or again:
             first = bool(left)
             cell = (left or again).pop(0)
@@ -141,6 +148,7 @@ def measure_all(
             bar.set_postfix_str(f"{cell.key}; over at {time.strftime('%H:%M', over)}")
             record = in_a_process(
                 cell,
+                server,
                 seconds=seconds,
                 scale=chosen.scale,
                 with_peers=not chosen.no_peers,
@@ -163,6 +171,7 @@ def settled(record: Record) -> bool:
 
 def in_a_process(
     cell: matrix.Cell,
+    server: Server,
     *,
     seconds: float,
     scale: float = 1.0,
@@ -172,42 +181,54 @@ def in_a_process(
 ) -> Record:
     """The record of a cell, with the time that it took; of one that fails, why."""
     begun = time.monotonic()
-    if cell.section == "targets":
-        found = of_target(cell, seconds=seconds, scale=scale, processes=processes)
-    else:
-        told = ["--seconds", str(seconds), "--scale", str(scale)]
-        found = of_cell(cell, [*told, *([] if with_peers else ["--no-peers"])], limit=limit)
-    if "why_not" in found:
-        tqdm.write(f"{cell.key}: not measured: {found['why_not']}", file=sys.stderr)
+    told = {"seconds": seconds, "scale": scale, "with_peers": with_peers}
+    try:
+        if cell.section == "targets":
+            found = of_target(cell, server, seconds=seconds, scale=scale, processes=processes)
+        elif cell.section in FRESH:
+            found = of_fresh(cell, limit=limit, **told)
+        else:
+            found = server.ask("cell", limit=limit, key=cell.key, **told)
+    except RuntimeError as error:
+        tqdm.write(f"{cell.key}: not measured: {error}", file=sys.stderr)
+        found = without(cell, str(error))
     return found | {"took_s": round(time.monotonic() - begun, 2), "asked_s": seconds}
 
 
-def of_cell(cell: matrix.Cell, told: list[str], *, limit: float) -> Record:
-    """What measured.py finds, in a process of its own."""
+def of_fresh(
+    cell: matrix.Cell, *, limit: float, seconds: float, scale: float, with_peers: bool
+) -> Record:
+    """What measured.py finds, in a new Python."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
         program = Path(__file__).with_name("measured.py")
+        told = ["--seconds", str(seconds), "--scale", str(scale)]
+        told += [] if with_peers else ["--no-peers"]
         command = [sys.executable, str(program), cell.key, str(out), *told]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=limit
             )
-            why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        except subprocess.TimeoutExpired:
-            why = f"it took more than {limit:.0f} s"
-        if out.exists():
-            record: Record = json.loads(out.read_text())
-            return record
-    return without(cell, why)
+        except subprocess.TimeoutExpired as error:
+            message = f"it took more than {limit:.0f} s"
+            raise RuntimeError(message) from error
+        if not out.exists():
+            raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+        record: Record = json.loads(out.read_text())
+        return record
 
 
-def of_target(cell: matrix.Cell, *, seconds: float, scale: float, processes: int) -> Record:
+def of_target(
+    cell: matrix.Cell, server: Server, *, seconds: float, scale: float, processes: int
+) -> Record:
     """What ratios.py finds, in several processes."""
     of, kind = cell.pair
-    try:
-        found = ratios.cell(EVERY[of], kind, processes=processes, seconds=seconds)
-    except RuntimeError as error:
-        return without(cell, str(error))
+
+    def ask(workload: str, kind: str, **told: Any) -> Record:
+        given = {"workload": workload, "kind": kind, **told}
+        return server.ask("target", limit=ratios.LIMIT_S, **given)
+
+    found = ratios.cell(EVERY[of], kind, processes=processes, seconds=seconds, ask=ask)
     return {"key": cell.key, **found, **cell.facts(), "scale": scale, "pair": [of, kind]}
 
 

@@ -39,7 +39,8 @@ def said(record: dict[str, Any]) -> str:
     """The commit of a record, for a table."""
     if not record.get("commit"):
         return "no commit"
-    return f"{record['commit']} with changes" if record.get("dirty") else str(record["commit"])
+    changed = record.get("dirty") or record.get("changed_meanwhile")
+    return f"{record['commit']} with changes" if changed else str(record["commit"])
 
 
 def _git(*arguments: str) -> str | None:

@@ -202,6 +202,7 @@ def test_a_stamp_says_whether_something_was_changed(monkeypatch, changed, dirty)
     found = stamp.stamp()
     assert (found["commit"], found["dirty"]) == ("abc123", dirty)
     assert stamp.said(found) == ("abc123 with changes" if dirty else "abc123")
+    assert stamp.said(found | {"changed_meanwhile": True}) == "abc123 with changes"
     monkeypatch.setattr(stamp, "_git", lambda *_: None)
     assert stamp.said(stamp.stamp()) == "no commit"
 

@@ -23,6 +23,7 @@ import proofs  # noqa: E402
 import publish  # noqa: E402
 import ratios  # noqa: E402
 import run  # noqa: E402
+import server  # noqa: E402
 import tables  # noqa: E402
 
 MACHINE = {
@@ -156,7 +157,7 @@ def measuring(monkeypatch, tmp_path):
     said: list[str] = []
     interrupt_at: list[int] = []
 
-    def in_a_process(cell, **_):
+    def in_a_process(cell, server, **_):
         if len(said) in interrupt_at:
             raise KeyboardInterrupt
         said.append(cell.key)
@@ -254,7 +255,7 @@ def test_a_disturbed_cell_is_measured_again_at_the_end_and_marked(measuring, mon
     moves = {"clip": iter([0.4, 0.2, 0.3]), "scaler": iter([0.4, 0.1]), "step": iter([0.0])}
     said: list[str] = []
 
-    def in_a_process(cell, **_):
+    def in_a_process(cell, server, **_):
         said.append(cell.kind)
         return record(cell, moved=next(moves[cell.kind]))
 
@@ -281,20 +282,38 @@ def test_who_is_there_all_the_time_disturbs_too() -> None:
 
 
 def test_a_process_that_fails_is_a_cell_with_a_reason(monkeypatch, capsys) -> None:
-    nobody = matrix.Cell("kinds", "nobody")
-    found = run.in_a_process(nobody, seconds=0.1)
-    assert "there is no cell 'kinds/nobody" in found["why_not"] and "machine" not in found
+    nobody, apart = matrix.Cell("kinds", "nobody"), matrix.Cell("apart", "nobody")
+    with server.Server() as one:
+        forked, fresh = (run.in_a_process(cell, one, seconds=0.1) for cell in (nobody, apart))
+        found = run.in_a_process(matrix.Cell("host", "7", threads=1), one, seconds=0.1)
+        assert "there is no cell 'host/7" in found["why_not"]  # it goes on
+        with pytest.raises(RuntimeError, match="it took more than 0 s"):
+            one.ask("cell", limit=0.0, key=CELL.key, seconds=9.0, scale=1.0, with_peers=False)
+    assert forked["why_not"].startswith("ValueError: there is no cell 'kinds/nobody")
+    assert "there is no cell 'apart/nobody" in fresh["why_not"] and "machine" not in fresh
     assert "nobody" in capsys.readouterr().err
-    known = found | {"key": CELL.key}
-    assert f"`{CELL.key}`: " in tables.as_markdown([record(CELL), known], {})
+    known = forked | {"key": CELL.key}
+    assert f"`{CELL.key}`: ValueError" in tables.as_markdown([record(CELL), known], {})
 
     def breaks(*_, **__):
         message = "no such workload"
         raise RuntimeError(message)
 
     monkeypatch.setattr(ratios, "cell", breaks)
-    found = run.in_a_process(matrix.target("1,000 x 256", "step"), seconds=0.1)
+    found = run.in_a_process(matrix.target("1,000 x 256", "step"), one, seconds=0.1)
     assert found["why_not"] == "no such workload"
+
+
+def test_a_cell_in_a_process_of_its_own() -> None:
+    with server.Server() as one:
+        cell = matrix.Cell("tensors", "1", threads=1)
+        found = [run.in_a_process(cell, one, seconds=0.1) for _ in range(2)]
+        told = {"workload": "1,000 x 1", "kind": "step", "seconds": 0.1, "bare": True}
+        target = one.ask("target", limit=60.0, **told)
+    for record_of_it in found:
+        assert record_of_it["key"] == cell.key and record_of_it["ms"][OURS] > 0.0
+        assert record_of_it["sources"] == run.digest() and "took_s" in record_of_it
+    assert target["ratio"] > 0.0 and target["at_most"] > 0.0
 
 
 def test_minutes_are_spread_over_what_is_left(monkeypatch) -> None:
