@@ -88,6 +88,11 @@ def measured(
     return Measured(norm, finite, multiplier)
 
 
+def smallest(multiplier: Any) -> Any:
+    """The one that clips most, of one number or one per gradient."""
+    return tf.reduce_min(multiplier) if multiplier.shape.rank == 1 else multiplier
+
+
 def multiplied(grads: Sequence[Any], multiplier: Any, clip_value: float | None) -> list[Any]:
     """Gradients times what was measured, halves in float32; then in the bounds of `clip_value`."""
     several = multiplier is not None and multiplier.shape.rank == 1
