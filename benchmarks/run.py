@@ -10,9 +10,9 @@
 A cell is measured in a process of its own (`server.py`) and its record appended to build/bench/
 cells.jsonl at once: an interruption loses one cell, and the next run goes on behind it. Records of
 another machine, torch or source of pyupdate are measured again. A cell during which the machine did
-not hold still is measured again at the end, twice at most, and marked if it was never left alone.
-When the minutes are over, what there is is published; of cells that were not reached, and that this
-machine measured before, the published record stays, with the commit that it is of.
+not hold still is measured again a minute later, twice at most, and marked if it was never left
+alone. When the minutes are over, what there is is published; of cells that were not reached, and
+that this machine measured before, the published record stays, with the commit that it is of.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ MINUTES = 25.0
 SECONDS = 2.0
 OF_QUICK = 0.3
 ATTEMPTS = 3
+LATER = 8
+"""So many cells after it was disturbed a cell is measured again: the others may have gone then."""
 FRESH = ("apart", "compiled", "costs")
 """Sections whose libraries do not bear others beside them, or that time what a start takes."""
 LIMIT_S = 300.0
@@ -125,25 +127,23 @@ def measure_all(
     here = Here(chosen.scale)
     tried = Counter(one["key"] for one in lines(log) if here.has(one))
     done = {one["key"]: one for one in read(log) if here.has(one)}
-    left = [cell for cell in matrix.by_worth(cells) if cell.key not in done]
-    again = [
+    left = [
         cell
         for cell in matrix.by_worth(cells)
-        if cell.key in done and not settled(done[cell.key]) and tried[cell.key] < chosen.attempts
+        if cell.key not in done
+        or (not settled(done[cell.key]) and tried[cell.key] < chosen.attempts)
     ]
-    missing: list[matrix.Cell] = []
+    keys = {cell.key for cell in cells}
     with (
         Server() as server,
-        tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar,
+        tqdm(total=len(cells), initial=len(done.keys() & keys), unit="cell") as bar,
     ):
-        while left or again:
-            first = bool(left)
-            cell = (left or again).pop(0)
-            seconds = budget.seconds([cell, *left, *again], chosen.seconds)
+        while left:
+            cell, *left = left
+            seconds = budget.seconds([cell, *left], chosen.seconds)
             if not budget.fits(cell, seconds):
-                missing += [cell] if first else []
                 continue
-            ahead = sum(budget.takes(one, seconds) for one in (cell, *left, *again))
+            ahead = sum(budget.takes(one, seconds) for one in (cell, *left))
             over = time.localtime(time.time() + min(ahead, budget.left()))
             bar.set_postfix_str(f"{cell.key}; over at {time.strftime('%H:%M', over)}")
             record = in_a_process(
@@ -159,9 +159,10 @@ def measure_all(
             budget.learn(record)
             tried[cell.key] += 1
             if not settled(record) and tried[cell.key] < chosen.attempts:
-                again.append(cell)
-            bar.update(first)
-    return missing
+                left.insert(LATER, cell)
+            bar.update(cell.key not in done)
+            done[cell.key] = record
+    return [cell for cell in cells if cell.key not in done]
 
 
 def settled(record: Record) -> bool:

@@ -250,7 +250,7 @@ def test_what_cannot_stand_beside_is_measured_again(measuring, old) -> None:
     assert said == [CELL.key]
 
 
-def test_a_disturbed_cell_is_measured_again_at_the_end_and_marked(measuring, monkeypatch) -> None:
+def test_a_disturbed_cell_is_measured_again_later_and_marked(measuring, monkeypatch) -> None:
     _, _, folder = measuring
     moves = {"clip": iter([0.4, 0.2, 0.3]), "scaler": iter([0.4, 0.1]), "step": iter([0.0])}
     said: list[str] = []
@@ -269,6 +269,10 @@ def test_a_disturbed_cell_is_measured_again_at_the_end_and_marked(measuring, mon
     text = (folder / "tables.md").read_text()
     assert "clip \\* |" in text and "1 disturbed" in text
     assert run.main(command) == 0 and len(said) == 6  # three attempts are enough
+    moves |= {"step": iter([0.4, 0.0]), "full": iter([0.0])}
+    monkeypatch.setattr(run, "LATER", 0)
+    run.main(["--section", "kinds", "--only", "DLRM"])
+    assert said[6:] == ["step", "step", "full"]  # not at the end, which may never come
 
 
 def test_who_is_there_all_the_time_disturbs_too() -> None:
