@@ -4,6 +4,7 @@
 import copy
 import gc
 import io
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_small_state_of_one_key_lies_in_order_in_one_storage(key, backend):
     params, optimizer = stepped(SMALL, ema_decay=0.9)
     found = [optimizer.state[param][key] for param in params]
     assert len({one.untyped_storage().data_ptr() for one in found}) == 1
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         gap = after.data_ptr() - end_of(before)
         assert 0 <= gap < new_state.ALIGNED
         if key != "step":
