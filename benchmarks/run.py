@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.unlink(missing_ok=True)
     missing = [] if chosen.draw else measure_all(cells, log, folder, chosen)
     here = Here(chosen.scale)
-    records = [one for one in read(log) if here.has(one) or "why_not" in one]
+    records = [one for one in read(log) if here.made(one) or "why_not" in one]
     if not records:
         print("nothing was measured")
         return 0
@@ -239,21 +239,24 @@ def without(cell: matrix.Cell, why: str) -> Record:
 
 
 class Here:
-    """This machine with these sources: which records can stand beside what it measures now."""
+    """This machine with these sources: which records stand. Sources may change during a run."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
         self.machine = timing.machine(matrix.THREADS)
         self.sources = digest()
 
-    def has(self, record: Record) -> bool:
-        """Whether a record is of here."""
+    def made(self, record: Record) -> bool:
+        """Whether a record is of this machine, of whatever sources."""
         return (
             "machine" in record
             and ratios.same(record["machine"], self.machine)
             and record["scale"] == self.scale
-            and record["sources"] == self.sources
         )
+
+    def has(self, record: Record) -> bool:
+        """Whether a cell needs no other record."""
+        return self.made(record) and record["sources"] == self.sources
 
 
 def append(path: Path, record: Record) -> None:

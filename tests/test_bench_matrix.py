@@ -231,6 +231,16 @@ def test_a_published_cell_stays_until_it_is_measured_again(measuring) -> None:
     assert len(said) == 2
 
 
+def test_sources_that_change_during_a_run_lose_no_cell(measuring, monkeypatch) -> None:
+    said, _, folder = measuring
+    monkeypatch.setattr(run, "digest", lambda: "newer")
+    command = ["--section", "host", "--attempts", "1"]
+    for _ in range(2):  # the fake records are of "these" sources
+        assert run.main(command) == 0
+        assert "| 1000 tensors of one element full |" in (folder / "tables.md").read_text()
+    assert len(said) == 4
+
+
 @pytest.mark.parametrize(
     "old",
     [
