@@ -17,10 +17,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ratios
+from server import Server
 from tqdm import tqdm
 from workloads import HELD
 
@@ -28,7 +30,7 @@ from pyupdate.bench.timing import disturbed
 
 WORSE = 0.25
 SECONDS = 1.5
-"""Of timing in a process: with starting, proof and warm-up it takes seven on two cores."""
+"""Of timing in a process, which takes two to ten in all."""
 PROCESSES = 3
 REPEATED = 2
 """Processes of a pair, at most, because the machine moved."""
@@ -95,17 +97,16 @@ def main() -> int:
         (one["workload"], one["kind"]): one["ratio"] for one in ratios.read(chosen.against)
     }
     pairs = [pair for pair in HELD if chosen.only in pair[0]]
-    verdicts = [checked(pair, committed.get(pair), measured) for pair in tqdm(pairs, unit="pair")]
+    with Server() as server:
+        measure = partial(server.target, seconds=SECONDS)
+        verdicts = [
+            checked(pair, committed.get(pair), measure) for pair in tqdm(pairs, unit="pair")
+        ]
     print(f"{'':13} {'committed':>8}  now")
     print("\n".join(verdict.line for verdict in verdicts))
     bad = [verdict for verdict in verdicts if verdict.said in ("WORSE", "not measured")]
     print(f"bench-check: {f'FAILED: {len(bad)} ratios' if bad else 'no ratio is worse'}")
     return 1 if bad else 0
-
-
-def measured(workload: str, kind: str) -> Found:
-    """A process's answer."""
-    return ratios.in_a_process(workload, kind, seconds=SECONDS)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bounds
+from server import Server
 from stamp import stamp
 from tqdm import tqdm
 from workloads import DEFAULTS, EVERY, HELD, LAYERWISE, THREADS, WORKLOADS, pair
@@ -38,7 +38,6 @@ SECONDS = 4.0  # of timing, at least
 PROCESSES = 3
 REPEATED = 2  # processes of a pair, at most, because the machine moved
 PATIENCE = 2.0
-LIMIT_S = 180.0  # of a process, which takes ten
 ALL_KINDS = (*KINDS, *DEFAULTS, *LAYERWISE)
 LATEST = Path(__file__).resolve().parent / "results" / "latest.json"
 
@@ -76,42 +75,26 @@ def measure(workload: Workload, kind: str, *, seconds: float, bare: bool = False
     return found
 
 
-def in_a_process(workload: str, kind: str, *, seconds: float, bare: bool = False) -> Found:
-    """What `measure` finds, alone in a process."""
-    command = [sys.executable, str(Path(__file__)), "--one", workload, kind]
-    command += ["--seconds", str(seconds), *(["--bare"] if bare else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired as error:
-        message = f"it took more than {LIMIT_S:.0f} s"
-        raise RuntimeError(message) from error
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
-    found: Found = json.loads(done.stdout)
-    return found
-
-
 def cell(
     workload: Workload,
     kind: str,
+    ask: Callable[..., Found],
     *,
     processes: int = PROCESSES,
     seconds: float = SECONDS,
     tick: Callable[[], object] = lambda: None,
-    ask: Callable[..., Found] | None = None,
 ) -> Found:
     """Several processes for one pair, those in which the machine moved repeated.
 
     Args:
         workload: what is stepped.
         kind: as `workloads.pair` takes it.
+        ask: makes a process's answer, as `server.Server.target`.
         processes: quiet ones.
         seconds: of timing in each.
         tick: called after every process.
-        ask: starts a process, as `in_a_process`, which it is by default.
     """
     made = stamp()
-    ask = ask or in_a_process
     still: list[Found] = []
     moved: list[Found] = []
     while len(still) < processes and len(moved) <= REPEATED:
@@ -224,14 +207,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--kind", action="append", choices=ALL_KINDS, help="may be repeated")
     parser.add_argument("--output", type=Path, default=LATEST)
-    parser.add_argument("--one", nargs=2, metavar=("WORKLOAD", "KIND"), help=argparse.SUPPRESS)
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.one:
-        workload, kind = chosen.one
-        found = measure(EVERY[workload], kind, seconds=chosen.seconds, bare=chosen.bare)
-        print(json.dumps(found))
-        return 0
     pairs = [
         (workload, kind)
         for workload, kind in every_pair()
@@ -240,13 +216,14 @@ def main() -> int:
     if not pairs:
         parser.error(f"no workload's name contains {chosen.only!r} and has such a kind")
     cells = []
-    with tqdm(total=len(pairs) * chosen.processes, unit="process") as bar:
+    with Server() as server, tqdm(total=len(pairs) * chosen.processes, unit="process") as bar:
         for workload, kind in pairs:
             bar.set_postfix_str(f"{kind}: {workload.name}")
             cells.append(
                 cell(
                     workload,
                     kind,
+                    server.target,
                     processes=chosen.processes,
                     seconds=chosen.seconds,
                     tick=bar.update,

@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import matrix
 import ratios
@@ -224,12 +223,7 @@ def of_target(
 ) -> Record:
     """What ratios.py finds, in several processes."""
     of, kind = cell.pair
-
-    def ask(workload: str, kind: str, **told: Any) -> Record:
-        given = {"workload": workload, "kind": kind, **told}
-        return server.ask("target", limit=ratios.LIMIT_S, **given)
-
-    found = ratios.cell(EVERY[of], kind, processes=processes, seconds=seconds, ask=ask)
+    found = ratios.cell(EVERY[of], kind, server.target, processes=processes, seconds=seconds)
     return {"key": cell.key, **found, **cell.facts(), "scale": scale, "pair": [of, kind]}
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
+OF_TARGET_S = 180.0
+"""At most; it takes two to ten."""
 
 
 class Server:
@@ -75,6 +77,11 @@ class Server:
         if "error" in found:
             raise RuntimeError(found["error"])
         return found
+
+    def target(self, workload: str, kind: str, *, seconds: float, bare: bool = False) -> Answer:
+        """What `ratios.measure` finds in a child, by the names of a workload and a kind."""
+        told = {"workload": workload, "kind": kind, "seconds": seconds, "bare": bare}
+        return self.ask("target", limit=OF_TARGET_S, **told)
 
 
 def of_cell(key: str, seconds: float, scale: float, with_peers: bool) -> Answer:
@@ -140,6 +147,7 @@ def main() -> int:
     answers = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no answer
     import measured  # noqa: F401 - for the children
+    import ratios  # noqa: F401
     import torch._dynamo  # noqa: F401 - an optimizer's first group imports it
 
     with os.fdopen(answers, "w") as file:

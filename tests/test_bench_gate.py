@@ -78,7 +78,7 @@ def test_the_gate_fails_by_its_status(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["gate", "--against", str(path)])
     for ratio, status in ((2.0, 0), (1.0, 1)):
         answer = {"ratio": ratio, "moved": 0.0, "others": 0.0}
-        monkeypatch.setattr(ratios, "in_a_process", lambda *_, a=answer, **__: a)
+        monkeypatch.setattr(gate.Server, "target", lambda *_, a=answer, **__: a)
         assert gate.main() == status
     said = capsys.readouterr().out
     assert f"FAILED: {len(ratios.HELD)} ratios" in said and "no ratio is worse" in said
@@ -92,36 +92,29 @@ def _kept(record):
 # ----- the targets --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """`ratios.in_a_process` with answers, and what it was asked."""
+def answers(*moved: float):
+    """What asks processes, during which the machine moved so much; and what they were asked."""
     asked: list[bool] = []
 
-    def answer(*moved: float) -> list[bool]:
-        left = iter(moved)
+    def ask(workload: str, kind: str, *, seconds: float, bare: bool):
+        asked.append(bare)
+        found = {
+            "ratio": float(len(asked)),
+            "baseline": "torch fused",
+            "baseline_ms": 2.0,
+            "pyupdate_ms": 1.0,
+            "bytes": 28.0,
+            "moved": moved[len(asked) - 1],
+            "others": 0.0,
+        }
+        return found | ({"at_most": 9.0} if bare else {})
 
-        def in_a_process(workload, kind, *, seconds, bare):
-            asked.append(bare)
-            found = {
-                "ratio": float(len(asked)),
-                "baseline": "torch fused",
-                "baseline_ms": 2.0,
-                "pyupdate_ms": 1.0,
-                "bytes": 28.0,
-                "moved": next(left),
-                "others": 0.0,
-            }
-            return found | ({"at_most": 9.0} if bare else {})
-
-        monkeypatch.setattr(ratios, "in_a_process", in_a_process)
-        return asked
-
-    return answer
+    return ask, asked
 
 
-def test_a_target_is_the_median_of_three_quiet_processes(answers) -> None:
-    asked = answers(0.0, 0.4, 0.0, 0.0)
-    found = ratios.cell(ratios.WORKLOADS["1,000 x 256"], "step")
+def test_a_target_is_the_median_of_three_quiet_processes() -> None:
+    ask, asked = answers(0.0, 0.4, 0.0, 0.0)
+    found = ratios.cell(ratios.WORKLOADS["1,000 x 256"], "step", ask)
     assert asked == [True, False, False, False]  # one of them also times the bare loops
     assert found["ratio"] == 3.0 and [one["ratio"] for one in found["processes"]] == [1, 3, 4]
     assert [one["ratio"] for one in found["thrown_away"]] == [2.0]
@@ -129,9 +122,9 @@ def test_a_target_is_the_median_of_three_quiet_processes(answers) -> None:
     assert found["moved"] == 0.0 and found["pyupdate_GBps"] == pytest.approx(28 * 0.256)
 
 
-def test_a_restless_machine_is_not_waited_for_for_ever(answers) -> None:
-    asked = answers(0.5, 0.4, 0.0, 0.3)
-    found = ratios.cell(ratios.WORKLOADS["1,000 x 256"], "step")
+def test_a_restless_machine_is_not_waited_for_for_ever() -> None:
+    ask, asked = answers(0.5, 0.4, 0.0, 0.3)
+    found = ratios.cell(ratios.WORKLOADS["1,000 x 256"], "step", ask)
     assert len(asked) == 4
     assert [one["moved"] for one in found["processes"]] == [0.0, 0.3, 0.4]  # the quietest
     assert found["moved"] == 0.4 and "DISTURBED" in ratios.as_text([found])
