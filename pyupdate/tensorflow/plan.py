@@ -114,10 +114,10 @@ class Plan:
 
     def _run_in_parts(self, inputs: list[Any]) -> Any:
         grads = inputs[: len(self.variables)]
-        norm, multiplier, smallest, finite = self._function("measure", self._measure, inputs)(
-            inputs
-        )
-        if not finite:  # what it waits for is there: a CPU's functions return when they are done
+        measured = self._function("sum", self._measure_sum, inputs)
+        norm, multiplier, smallest, finite = measured(inputs)
+        # What it waits for is there: a CPU's functions return when they are done.
+        if not finite and not self._function("look", self._look, grads)(grads):
             self._function("skip", self._skip, [])([])
             return norm, tf.constant(1.0), smallest
         moved = [*grads, multiplier]
@@ -209,6 +209,19 @@ class Plan:
         found = self._measured(list(inputs[: len(self.variables)]), self._unscale(inputs))
         finite = tf.constant(True) if found.finite is None else found.finite
         return found.norm, found.multiplier, measure.smallest(found.multiplier), finite
+
+    def _measure_sum(self, *inputs: Any) -> tuple[Any, ...]:
+        """The same, but of the sum of squares, whether it is finite: `_look` must where it is not.
+
+        A cond in it costs a fifth of the whole, 0.3 ms with 60 variables, for what never runs.
+        """
+        grads, unscale = list(inputs[: len(self.variables)]), self._unscale(inputs)
+        found = measure.measured(grads, unscale, self.options, self.clips, check=False)
+        finite = tf.math.is_finite(found.total) if self.checks else tf.constant(True)
+        return found.norm, found.multiplier, measure.smallest(found.multiplier), finite
+
+    def _look(self, *grads: Any) -> Any:
+        return measure.all_finite(grads)
 
     def _move(self, *inputs: Any) -> None:
         """The step and what comes after it, where all is finite."""
