@@ -262,14 +262,9 @@ int64_t Plan::version(PyObject* tensor) {
   return value ? PyLong_AsLongLong(value.ptr()) : -1;
 }
 
-// What to bump: a list that stands, or one made for this step; null with a Python error.
+// What to bump: a list that stands, or one made for this step.
 py::object Plan::to_bump() const {
-  const py::object list = bumped_ ? bumped_ : py::reinterpret_steal<py::object>(written());
-  if (list && leads_ != nullptr) {
-    const auto count = static_cast<size_t>(PyList_GET_SIZE(list.ptr()));
-    ahead::bring_versions(*leads_, PySequence_Fast_ITEMS(list.ptr()), count);
-  }
-  return list;
+  return bumped_ ? bumped_ : py::reinterpret_steal<py::object>(written());
 }
 
 // ----- what Python's garbage collector may see

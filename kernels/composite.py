@@ -11,6 +11,8 @@ rows and over columns; V: of g^2 itself, for vectors; rms: the root of the mean 
     R <- R + (mean(g^2) - R)(1 - b2_t), and so C, V
     s = sqrt(R / max(mean(R), eps1)) sqrt(C), or sqrt(V)        u = g / max(s, eps1)
     p <- p (1 - lr wd) - u max(eps2, rms(p)) rho_t / max(1, rms(u) / d)
+
+(u and the move are made in place, over all of a parameter: `pyupdate/optim/adafactor_passes.py`.)
 """
 
 from __future__ import annotations
@@ -46,11 +48,6 @@ def adafactor_row_root(row_var: float, mean: float, eps1: float) -> float:
     return sqrt(divide(row_var, maximum(mean, eps1)))
 
 
-def adafactor_direction(grad: float, root: float, eps1: float) -> float:
-    """The gradient over the root of its second moment; a nan stays one."""
-    return divide(grad, where(root < eps1, eps1, root))
-
-
 def adafactor_size(
     param_rms: float, direction_rms: float, rho: float, eps2: float, threshold: float
 ) -> float:
@@ -58,8 +55,3 @@ def adafactor_size(
     relative = where(param_rms > eps2, param_rms, eps2)
     excess = divide(direction_rms, threshold)
     return divide(relative * rho, where(excess > 1.0, excess, 1.0))
-
-
-def adafactor_move(param: float, direction: float, decay: float, step_size: float) -> float:
-    """The parameter after its decay and the move."""
-    return param * decay - step_size * direction

@@ -18,9 +18,8 @@ from ..backends.cuda_devices import Devices
 from ..kernels.reduction import halving_tree, largest
 from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
-from .new_state import make_state
 from .request import Request, Scaling, request_of
-from .rows import GroupRule, Inputs, Row
+from .rows import GroupRule, Inputs, Row, make_state
 
 
 class Part(Protocol):
