@@ -6,10 +6,10 @@
 #   make test     the tests, without those of minutes (make slow), in JOBS=2 processes
 #   make test-tensorflow   those of the TensorFlow half, in their own process (make test runs them too)
 #   make lint     formats, lints and types, as CI demands them; make format mends what can be mended
-#   make bench    the benchmarks: half an hour; BENCH=--quick, three minutes; docs/benchmarks.md
+#   make bench    the benchmarks: 25 minutes; BENCH=--quick, five; BENCH='--minutes 12', so many; docs/benchmarks.md
 #   make bench-apart  the updates of FastEstimator and Keras, each in a process of its own
 #   make bench-keras  a Keras step beside Keras's own, eager, in tf.function and compiled
-#   make bench-check  a few of them again, their ratios to torch compared with the committed ones
+#   make bench-check  a few ratios to torch again, beside the committed ones: three minutes
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
 #   make gpu      all that waits for a GPU: tests on it, sanitizers, graphs, benchmarks (RESULTS=folder); makes no .venv
@@ -84,7 +84,7 @@ slow: $(installed) $(tensorflow)
 	$(bin)/python -m pytest -m slow $(PYTEST)
 	$(bin)/python -m pytest -m slow tests_tensorflow $(PYTEST) || [ $$? -eq 5 ] # 5: it ran none
 
-# Goes on where it was interrupted. BENCH=--quick, BENCH='--section rules --rule Lion' and others: benchmarks/run.py --help.
+# Goes on where it was interrupted or its minutes were over. BENCH=--quick, BENCH='--section rules --rule Lion' and others: benchmarks/run.py --help.
 BENCH ?=
 bench: $(installed) $(tensorflow) $(peers)
 	$(bin)/python benchmarks/run.py $(BENCH)

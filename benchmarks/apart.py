@@ -2,14 +2,15 @@
 """Peers that need a process of their own, beside pyupdate in it: FastEstimator, Keras.
 
     python benchmarks/apart.py                       # both, every kind of a step: two minutes
-    python benchmarks/apart.py keras --kind step     # one; prints JSON, a line a cell
+    python benchmarks/apart.py Keras --kind step     # one
 
 FastEstimator: its `UpdateOp`, from a loss to new parameters, beside `pyupdate.update_model`. The
 loss has given gradients, so that both make the same backward pass, which costs one multiplication
 an element. Keras: its AdamW applied to given gradients, eagerly, in a tf.function, and compiled by
 XLA, beside the deferred update of `pyupdate.update_model`.
 
-Each is held to the rule in fp64 first, as everywhere; who is wrong is named and not timed.
+Each is held to the rule in fp64 first, as everywhere; who is wrong is named and not timed. `make
+bench` measures the same cells.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matrix import APART
 from peers import NO_EPS
 from shapes import MODELS, tiny
 from torch import nn
@@ -32,15 +34,11 @@ from workloads import THREADS
 
 import pyupdate
 from pyupdate import optim
-from pyupdate.bench import timing
+from pyupdate.bench import timing, watch
 from pyupdate.bench.contestants import MAX_NORM, OURS, SCALE, Contestant, Workload
 from pyupdate.bench.truth import WrongError, check
 
-KINDS = {"fastestimator": ("step", "scaler"), "keras": ("step", "clip")}
-"""FastEstimator has no clip of the global norm. Keras's scaler clips before it unscales, so of the
-kinds with a scaler only ours would be right."""
 SHAPES = {"ResNet-50": MODELS["ResNet-50"].shapes(), "300 tiny": tiny(300)}
-"""A thousand would be compiled by XLA for minutes."""
 
 Made = dict[str, Any]
 
@@ -199,18 +197,25 @@ class _OfKeras:
         pass
 
 
-def measure(peer: str, kind: str, model: str, seconds: float) -> dict[str, Any]:
-    """A cell: who is right, in turns."""
+def measure(peer: str, model: str, kind: str, *, seconds: float) -> dict[str, Any]:
+    """A cell: who is right, in turns.
+
+    Args:
+        peer: one of `matrix.APART`.
+        model: one of `SHAPES`.
+        kind: one of the peer's.
+        seconds: of timing, at least.
+    """
     # TensorFlow, which FastEstimator imports too, and Triton abort in one process: each brings an
     # LLVM with the same options. Nothing here needs Triton.
     sys.modules["triton"] = None  # type: ignore[assignment]
     workload = Workload(model, tuple(SHAPES[model]))
     with timing.settled(THREADS):
-        made = fastestimator(workload, kind) if peer == "fastestimator" else keras(workload, kind)
-        eps = NO_EPS if peer == "keras" else 1e-8
+        made = fastestimator(workload, kind) if peer == "FastEstimator" else keras(workload, kind)
+        eps = NO_EPS if peer == "Keras" else 1e-8
         like = optim.AdamW([nn.Parameter(torch.zeros(2))], eps=eps)
         # Keras takes the powers of its betas in the variables' dtype, ours traces it.
-        corrections = torch.float32 if peer == "keras" else torch.float64
+        corrections = torch.float32 if peer == "Keras" else torch.float64
         off, failed = {}, {}
         for name, one in list(made.items()):
             try:
@@ -219,10 +224,9 @@ def measure(peer: str, kind: str, model: str, seconds: float) -> dict[str, Any]:
                 failed[name] = str(error)
                 del made[name]
         runs = {name: (one.prepare, one.run) for name, one in made.items()}
-        before = timing.calibrate()  # not earlier: what TensorFlow sets up may move it too
         warm, steady = timing.warm_up(runs, seconds=seconds)
-        times = timing.interleave(runs, seconds=seconds, rounds=8)
-        moved = timing.moved(before, timing.calibrate())
+        watched = watch.interleave(runs, seconds=seconds, rounds=8, patience=2.0)
+        times = watched.times
     return {
         "peer": peer,
         "workload": model,
@@ -233,10 +237,9 @@ def measure(peer: str, kind: str, model: str, seconds: float) -> dict[str, Any]:
         "ratio": {name: timing.ratio(times[name], times[OURS]) for name in made if name != OURS},
         "off_eps": off,
         "failed": failed,
-        "rounds": len(times[OURS].seconds),
         "warm_rounds": warm,
         "steady": steady,
-        "moved": moved,
+        **watched.facts(),
         "machine": timing.machine(THREADS),
     }
 
@@ -248,14 +251,14 @@ def as_text(cell: dict[str, Any]) -> str:
         ratio = cell["ratio"].get(name, 1.0)
         lines.append(f"  {name:28}{took:10.2f} ms{ratio:8.2f}x{cell['off_eps'][name]:8.1f} eps off")
     lines += [f"  {name:28}not timed: {reason}" for name, reason in cell["failed"].items()]
-    if cell["moved"] > timing.MOVED:
+    if timing.disturbed(cell):
         lines.append(f"  DISTURBED: the machine moved by {100 * cell['moved']:.0f} %")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("peer", nargs="?", choices=tuple(KINDS))
+    parser.add_argument("peer", nargs="?", choices=tuple(APART))
     parser.add_argument("--kind", choices=("step", "scaler", "clip"))
     parser.add_argument("--model", choices=tuple(SHAPES))
     parser.add_argument("--seconds", type=float, default=3.0)
@@ -263,10 +266,11 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        print(json.dumps(measure(chosen.peer, chosen.kind, chosen.model, chosen.seconds)))
+        found = measure(chosen.peer, chosen.model, chosen.kind, seconds=chosen.seconds)
+        print(json.dumps(found))
         return 0
-    for peer in KINDS if chosen.peer is None else (chosen.peer,):
-        for kind in KINDS[peer] if chosen.kind is None else (chosen.kind,):
+    for peer in APART if chosen.peer is None else (chosen.peer,):
+        for kind in APART[peer] if chosen.kind is None else (chosen.kind,):
             for model in SHAPES if chosen.model is None else (chosen.model,):
                 given = ["--kind", kind, "--model", model, "--seconds", str(chosen.seconds)]
                 found = in_a_process(peer, given)

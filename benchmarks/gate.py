@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bench-check`: a few cells again, their ratios beside the committed ones.
+"""`make bench-check`: a few ratios again, beside the committed ones.
 
-    make bench-check        # two minutes on two cores
+    make bench-check        # three minutes on two cores, five at most
 
-Ratios to torch of the same run are compared, never times. A cell whose ratio is more than 25 %
-worse is measured once more; if it stays so, the check fails. A run during which the machine did not
-hold still says nothing: it is marked, and does not fail. The ratios are those of the machine that
-benchmarks/results/matrix.jsonl names; on another one, compare with your own `make bench`.
+Ratios to torch of the same process are compared, never times, and those of benchmarks/results/
+latest.json, where `make bench` and `ratios.py` put the medians of three processes each. Here, too,
+three processes have a say: a ratio fails where its median is more than 25 % worse. Two that hold,
+or two that do not, decide the median, so the third is asked only where they differ. A process
+during which the machine did not hold still says nothing. On another machine than latest.json's,
+compare with your own: `make bench BENCH='--section targets'` writes build/bench/latest.json.
 """
 
 from __future__ import annotations
@@ -15,80 +17,95 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matrix
-from measured import Record, against
-from run import RESULTS, in_a_process, read
+import ratios
+from server import Server
 from tqdm import tqdm
+from workloads import HELD
 
 from pyupdate.bench.timing import disturbed
 
 WORSE = 0.25
-TOLD = ["--no-peers", "--seconds", "4"]
-"""Longer than a cell of the matrix: after one second each, a plain step of 1,000 tiny tensors had
-ratios of 7.3 and 4.5 in two runs."""
+SECONDS = 1.5
+"""Of timing in a process, which takes two to ten in all."""
+PROCESSES = 3
+REPEATED = 2
+"""Processes of a pair, at most, because the machine moved."""
+
+Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a cell: ``held``, ``WORSE``, ``disturbed``, ``not measured`` or ``new``."""
+    """What became of a pair: ``held``, ``WORSE``, ``disturbed``, ``not measured`` or ``new``."""
 
-    key: str
+    pair: tuple[str, str]
     said: str
     committed: float | None = None
-    found: float | None = None
+    found: tuple[float, ...] = ()
 
     @property
     def line(self) -> str:
         """For the report."""
-        shown = [f"{x:7.2f}x" if x is not None else f"{'':8}" for x in (self.committed, self.found)]
-        return f"{self.said:13} {' '.join(shown)}  {self.key}"
-
-
-def judged(committed: Record | None, tries: list[Record], key: str) -> Verdict:
-    """Compare a cell's records with the committed one; the best that is undisturbed counts."""
-    name = against(committed) if committed else None
-    if committed is None or name is None:
-        return Verdict(key, "new")
-    before = committed["ratio"][name]
-    ran = [record for record in tries if name in record.get("ratio", {})]
-    if not ran:
-        return Verdict(key, "not measured", before)
-    still = [record for record in ran if not disturbed(record)]
-    best = max(record["ratio"][name] for record in still or ran)
-    if before <= best * (1.0 + WORSE):
-        return Verdict(key, "held", before, best)
-    return Verdict(key, "WORSE" if still else "disturbed", before, best)
+        committed = f"{'':8}" if self.committed is None else f"{self.committed:7.2f}x"
+        found = " ".join(f"{ratio:.2f}x" for ratio in self.found)
+        return f"{self.said:13} {committed}  {found:21} {self.pair[1]:8} {self.pair[0]}"
 
 
 def checked(
-    cell: matrix.Cell, committed: Record | None, measure: Callable[[matrix.Cell], Record]
+    pair: tuple[str, str], committed: float | None, measure: Callable[[str, str], Found]
 ) -> Verdict:
-    """Measure a cell, and once more where it did not hold."""
-    tries = [measure(cell)]
-    verdict = judged(committed, tries, cell.key)
-    if verdict.said in ("held", "new"):
-        return verdict
-    return judged(committed, [*tries, measure(cell)], cell.key)
+    """Measure a pair until its median is known.
+
+    Args:
+        pair: a workload and a kind, as `ratios.py` calls them.
+        committed: the ratio that it had.
+        measure: makes a process's answer; raises RuntimeError where there is none.
+    """
+    if committed is None:
+        return Verdict(pair, "new")
+    still: list[float] = []
+    moved: list[float] = []
+    while max(votes := _votes(still, committed)) <= PROCESSES // 2 and len(moved) <= REPEATED:
+        try:
+            found = measure(*pair)
+        except RuntimeError as error:
+            tqdm.write(f"{pair[1]}: {pair[0]}: {error}", file=sys.stderr)
+            return Verdict(pair, "not measured", committed)
+        (moved if disturbed(found) else still).append(found["ratio"])
+    if max(votes) <= PROCESSES // 2:
+        return Verdict(pair, "disturbed", committed, (*still, *moved))
+    return Verdict(pair, "held" if votes[0] > votes[1] else "WORSE", committed, tuple(still))
+
+
+def _votes(ratios_found: list[float], committed: float) -> tuple[int, int]:
+    """How many hold, and how many do not."""
+    hold = sum(committed <= ratio * (1.0 + WORSE) for ratio in ratios_found)
+    return hold, len(ratios_found) - hold
 
 
 def main() -> int:
-    """1 where a cell is worse or cannot be measured."""
+    """1 where a ratio is worse or cannot be measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="cells whose key contains this")
-    parser.add_argument("--against", type=Path, default=RESULTS / "matrix.jsonl")
+    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--against", type=Path, default=ratios.LATEST)
     chosen = parser.parse_args()
-    committed = {record["key"]: record for record in read(chosen.against)}
-    cells = matrix.chosen(matrix.CHECKED, only=chosen.only)
-    verdicts = [
-        checked(cell, committed.get(cell.key), lambda one: in_a_process(one, TOLD))
-        for cell in tqdm(cells, unit="cell")
-    ]
-    print(f"{'':13} {'committed':>8} {'now':>7}")
+    committed = {
+        (one["workload"], one["kind"]): one["ratio"] for one in ratios.read(chosen.against)
+    }
+    pairs = [pair for pair in HELD if chosen.only in pair[0]]
+    with Server() as server:
+        measure = partial(server.target, seconds=SECONDS)
+        verdicts = [
+            checked(pair, committed.get(pair), measure) for pair in tqdm(pairs, unit="pair")
+        ]
+    print(f"{'':13} {'committed':>8}  now")
     print("\n".join(verdict.line for verdict in verdicts))
     bad = [verdict for verdict in verdicts if verdict.said in ("WORSE", "not measured")]
-    print(f"bench-check: {f'FAILED: {len(bad)} cells' if bad else 'no ratio is worse'}")
+    print(f"bench-check: {f'FAILED: {len(bad)} ratios' if bad else 'no ratio is worse'}")
     return 1 if bad else 0
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pybind11
 import torch
 
 import pyupdate
@@ -62,7 +63,8 @@ def reading_alone(listed: list[torch.nn.Parameter], state: Any) -> Callable[[], 
     """Reads every tensor of an optimizer once, and does nothing with it."""
     source = (ROOT / "tests" / "device" / "read_alone.cpp").read_text()
     with tempfile.TemporaryDirectory() as folder:
-        shared_library(source, Path(folder), f"-I{sysconfig.get_paths()['include']}")
+        includes = (sysconfig.get_paths()["include"], pybind11.get_include())
+        shared_library(source, Path(folder), *(f"-I{path}" for path in includes))
         read = ctypes.PyDLL(f"{folder}/library.so").read_alone
     read.restype = ctypes.c_int64
     read.argtypes = [ctypes.py_object, ctypes.c_int64, ctypes.py_object, ctypes.py_object]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matrix import DTYPES
 from torch import nn
 from torch.amp.grad_scaler import OptState
 
@@ -138,9 +139,14 @@ def makers(kind: str, rule: str) -> dict[str, Optimizer]:
             found[HOOKED] = _hooked(stock, numbers)
         found[COMPILED] = _compiled(stock, numbers)
     for name, peer in ROWS.items():
-        if rule in peer.classes and name not in absent():
+        if rule in peer.classes and _import_error(peer.module) is None:
             found[name] = _of(peer, rule)
     return found
+
+
+def compiles(name: str) -> bool:
+    """Whether a peer compiles its step first."""
+    return name == COMPILED or (name in ROWS and ROWS[name].compiles)
 
 
 def absent() -> dict[str, str]:
@@ -329,14 +335,14 @@ def build() -> int:
 
 
 def main() -> int:
-    """Hold everyone to every rule that it has, in fp32 and with bf16 parameters."""
+    """Hold everyone to every rule that it has, in every dtype of the matrix."""
     for rule in optim.CLASSES:
         for kind in ("step", "full"):
             for name, make in makers(kind, rule).items():
-                for dtype in (torch.float32, torch.bfloat16):
-                    workload = Workload("probed", PROBED.shapes, dtype=dtype)
+                for called, (dtype, of_vectors) in DTYPES.items():
+                    workload = Workload("probed", PROBED.shapes, {}, dtype, of_vectors)
                     said = _said(name, kind, rule, make, workload)
-                    print(f"{rule:18}{kind:6}{name:20}{str(dtype)[6:]:10}{said}", flush=True)
+                    print(f"{rule:18}{kind:6}{name:20}{called:10}{said}", flush=True)
     for name, reason in absent().items():
         print(f"absent: {name}: {reason}")
     return 0

@@ -96,8 +96,8 @@ def rules(ran: list[Record]) -> Figure | None:
     """Bars: torch's fastest way over ours, by optimizer."""
     found = []
     for record in ran:
-        name = against(record)
-        if record["section"] == "rules" and name is not None:
+        name = against(record) if record["section"] == "rules" else None
+        if name is not None:
             torchs = [n for n in record["ratio"] if n in TORCHS]
             best = min(torchs, key=lambda n: record["ratio"][n])
             found.append((record["ratio"][best], record["rule"], best))

@@ -3,45 +3,75 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import stamp
 from matrix import SECTIONS, cells
 
 from pyupdate.bench.contestants import OURS
 from pyupdate.bench.timing import disturbed
 
 Record = dict[str, Any]
-STEPS = ("kinds", "rules", "dtypes", "backends", "host")
+STEPS = ("kinds", "rules", "compiled", "dtypes", "backends", "host")
 """Sections whose records are steps of several contestants."""
 
 
-def as_markdown(records: list[Record], absent: dict[str, str]) -> str:
-    """All of them, with the machine, what failed, and who was absent."""
+def as_markdown(records: list[Record], absent: dict[str, str], pairs: Iterable[Record] = ()) -> str:
+    """All of them, with the machine, what failed, and who was absent.
+
+    Args:
+        records: one a cell, but for the targets.
+        absent: who was not compared, and why.
+        pairs: of the targets, as `ratios.cell` makes them.
+    """
+    targets = list(pairs)
     ran = [record for record in records if "why_not" not in record]
-    if not ran:
+    if not ran and not targets:
         return "Nothing was measured.\n"
-    parts = [where(ran)]
+    newest = max([*ran, *targets], key=lambda one: one["machine"]["time"])
+    marked = [one | {"mark": mark(one, newest)} for one in ran]
+    parts = [where(ran, targets, newest)]
     for section, question in SECTIONS.items():
-        of = [record for record in ran if record["section"] == section]
+        of = [record for record in marked if record["section"] == section]
+        if section == "targets":
+            of = [one | {"mark": mark(one, newest)} for one in targets]
         if of:
             parts.append(f"### {question[0].upper()}{question[1:]}\n\n{table(section, of)}")
     parts.append(left_out(records, absent))
     return "\n".join(parts)
 
 
-def where(ran: list[Record]) -> str:
-    """The machine, and when."""
-    machine = ran[0]["machine"]
-    times = sorted(record["machine"]["time"] for record in ran)
-    commits = sorted({record["commit"] for record in ran if record["commit"]})
-    marked = sum(disturbed(record) for record in ran)
+def mark(record: Record, newest: Record) -> str:
+    """An asterisk where others disturbed, a dagger where the sources were older ones."""
+    found = "\\*" if disturbed({"moved": _moved(record)} | record) else ""
+    old = record.get("sources") != newest.get("sources")
+    return (" " if found or old else "") + found + ("†" if old else "")
+
+
+def _moved(record: Record) -> float:
+    """Of a pair whose record does not say it itself."""
+    return max((one["moved"] for one in record.get("processes", ())), default=0.0)
+
+
+def where(ran: list[Record], targets: list[Record], newest: Record) -> str:
+    """The machine, when, and of which sources."""
+    machine = newest["machine"]
+    every = [*ran, *targets]
+    times = sorted(record["machine"]["time"] for record in every)
+    commits = Counter(stamp.said(record) for record in every)
+    said = ", ".join(f"{commit} ({count} cells)" for commit, count in commits.most_common())
+    disturbances = sum("*" in mark(record, newest) for record in every)
+    old = sum("†" in mark(record, newest) for record in every)
     return (
         f"{machine['machine']}, {machine['processors']} processors; Python {machine['python']}, "
         f"torch {machine['torch']}; pyupdate {machine['pyupdate']}, back end "
         f"{machine['backend']} ({machine['instruction_set']}, {machine['compiler']}). "
-        f"{len(ran)} of {len(list(cells()))} cells, {times[0][:16]} to {times[-1][:16]} UTC, "
-        f"commits {', '.join(commits) or 'unknown'}; {marked} disturbed, marked \\*.\n"
+        f"{len(every)} of {len(list(cells()))} cells, {times[0][:16]} to {times[-1][:16]} UTC. "
+        f"Each was measured at the commit that its record names: {said}; {disturbances} disturbed, "
+        f"marked \\*; {old} of other sources than the newest, marked †.\n"
     )
 
 
@@ -49,11 +79,55 @@ def table(section: str, records: list[Record]) -> str:
     """The records of one section."""
     if section in STEPS:
         return of_steps(records)
+    if section == "targets":
+        return of_targets(records)
     if section == "costs":
         return of_costs(records)
     if section == "training":
         return of_training(records)
+    if section == "apart":
+        return of_apart(records)
     return of_growth(records)
+
+
+def of_targets(pairs: list[Record]) -> str:
+    """What is reached, what bare loops allow at most, and the target."""
+    head = ["", "against", "its ms", "ours, ms", "ours, GB/s", "reached", "in each process"]
+    return rows([*head, "at most", "target"], (_target(one) for one in pairs))
+
+
+def _target(one: Record) -> list[str]:
+    its, ours = (
+        statistics.median(process[name] for process in one["processes"])
+        for name in ("baseline_ms", "pyupdate_ms")
+    )
+    each = sorted(process["ratio"] for process in one["processes"])
+    return [
+        f"{one['workload']}, {one['kind']}{one['mark']}",
+        one["baseline"],
+        f"{its:.3g}",
+        f"{ours:.3g}",
+        f"{one['pyupdate_GBps']:.1f}",
+        f"{one['ratio']:.2f}x",
+        " ".join(f"{ratio:.2f}" for ratio in each),
+        f"{one['at_most']:.2f}x" if one.get("at_most") is not None else "",
+        f"{one['target']:.2f}x" if one["target"] is not None else "",
+    ]
+
+
+def of_apart(records: list[Record]) -> str:
+    """Ours in ms, and the others' times over ours, of peers in processes of their own."""
+    names = list(dict.fromkeys(name for record in records for name in record["ratio"]))
+    body = (
+        [
+            f"{record['of']} ({record['tensors']:,} tensors, {record['elements'] / 1e6:.3g}M) "
+            f"{record['kind']}{record['mark']}",
+            f"{record['ms'][OURS]:.3g}",
+            *(_times(record, name) for name in names),
+        ]
+        for record in records
+    )
+    return rows(["", "ours, ms", *(f"{name} / ours" for name in names)], body)
 
 
 def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
@@ -107,7 +181,7 @@ def _called(record: Record) -> str:
         said.append(record["kind"])
     if record["dtype"] != "float32":
         said.append(record["dtype"])
-    return " ".join(said) + (" \\*" if disturbed(record) else "")
+    return " ".join(said) + record["mark"]
 
 
 def of_growth(records: list[Record]) -> str:
@@ -116,7 +190,7 @@ def of_growth(records: list[Record]) -> str:
     head = [records[0]["section"], "threads", *(f"{name}, ms" for name in names)]
     body = (
         [
-            f"{int(record['of']):,}" + (" \\*" if disturbed(record) else ""),
+            f"{int(record['of']):,}{record['mark']}",
             str(record["threads"]),
             *(f"{record['ms'][n]:.3g}" if n in record["ms"] else "" for n in names),
         ]
@@ -138,7 +212,7 @@ def of_costs(records: list[Record]) -> str:
             ]
             for name, one in record["costs"].items()
         )
-        called = f"{record['of']}, {record['rule']}, {record['kind']}"
+        called = f"{record['of']}, {record['rule']}, {record['kind']}{record['mark']}"
         head = [called, "first step, ms", "third step, ms", "peak memory, bytes a parameter"]
         imports = record["import_ms"]
         texts.append(
@@ -159,7 +233,8 @@ def of_training(records: list[Record]) -> str:
             gain = total[name] / total[OURS]
             body.append(
                 [
-                    f"{record['of']}, {record['elements'] / 1e6:.1f}M, {record['batch']}: {name}",
+                    f"{record['of']}, {record['elements'] / 1e6:.1f}M, {record['batch']}: "
+                    f"{name}{record['mark']}",
                     f"{one['backward_ms']:.2f}",
                     f"{one['update_ms']:.2f}",
                     f"{100 * record['share'][name]:.0f} %",

@@ -79,6 +79,7 @@ def measured(name: str, *, seconds: float) -> dict[str, Any]:
     updates = {BASELINE: _torchs(models[BASELINE]), OURS: _ours(models[OURS])}
     times: dict[str, list[tuple[float, float]]] = {who: [] for who in models}
     losses: dict[str, float] = {}
+    before = timing.calibrate()
     end = time.perf_counter() + seconds
     turn = 0
     others = timing.others()
@@ -99,6 +100,8 @@ def measured(name: str, *, seconds: float) -> dict[str, Any]:
                 raise WrongError(message)
             times = {who: [] for who in models}
             others = timing.others()
+    taken = others()
+    moved = timing.moved(before, timing.calibrate())
     found = {
         who: {
             "backward_ms": 1e3 * statistics.median(one for one, _ in each),
@@ -110,7 +113,8 @@ def measured(name: str, *, seconds: float) -> dict[str, Any]:
         "batch": batch,
         "elements": sum(param.numel() for param in model.parameters()),
         "rounds": turn - WARM,
-        "others": others(),
+        "moved": moved,
+        "others": taken,
         "training": found,
         "share": {
             who: one["update_ms"] / (one["update_ms"] + one["backward_ms"])

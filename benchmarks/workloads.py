@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workloads that have targets, and who is compared in each kind.
+"""The workloads with targets, those that `make bench-check` holds, and who is compared in each.
 
 Beside the kinds of `pyupdate.bench.contestants` (AdamW), the name of an optimizer is a kind: its
 step alone, against torch's default path, or, where torch has no such optimizer, against our AdamW.
@@ -8,6 +8,7 @@ step alone, against torch's default path, or, where torch has no such optimizer,
 from __future__ import annotations
 
 import torch
+from shapes import MODELS
 
 from pyupdate import optim
 from pyupdate.bench.contestants import (
@@ -42,6 +43,31 @@ WORKLOADS = {
         Workload("1,000 x 256", ((256,),) * 1000, {"step": 12.0, "full": 24.0, "average": 30.0}),
     )
 }
+
+HELD = (
+    ("48 x 1024x1024", "full"),
+    ("60 x 512x512, 200 x 512", "step"),
+    ("60 x 512x512, 200 x 512", "full"),
+    ("60 x 512x512, 200 x 512", "NAdam"),
+    ("1,000 x 256", "step"),
+    ("1,000 x 256", "full"),
+    ("48 x 1024x1024", "LAMB"),
+    ("ResNet-50", "average"),
+    ("ResNet-50, bfloat16", "full"),
+    ("1,000 x 1", "step"),
+)
+"""What `make bench-check` measures again: bound by memory, by calls, by arithmetic; one for all
+that may be in a step, halves, several stages, and the host's time alone."""
+
+EVERY = WORKLOADS | {
+    workload.name: workload
+    for workload in (
+        Workload("ResNet-50", MODELS["ResNet-50"].shapes()),
+        Workload("ResNet-50, bfloat16", MODELS["ResNet-50"].shapes(), dtype=torch.bfloat16),
+        Workload("1,000 x 1", ((1,),) * 1000),
+    )
+}
+"""Those without a target too."""
 
 
 def pair(workload: Workload, kind: str) -> list[Contestant]:

@@ -34,12 +34,12 @@ Plan::Plan(Interface interface, std::vector<GroupRule> groups, std::vector<PyObj
   const size_t rows = params.size();
   records_.reserve(rows);
   storages_.reserve(rows);
-  leads_ = !params.empty() && ahead::lead_to(params[0]);
   for (size_t r = 0; r < rows; ++r) {
     Py_INCREF(params[r]);
     records_.push_back({params[r], -1});
     storages_.push_back(static_cast<uint8_t>(storages[r]));
   }
+  leads_ = ahead::leads();
   if (interface_.remote) histories_.assign(rows, kFresh);
   group_ends_.assign(groups_.size(), 0);
   bool whole = true;
@@ -163,12 +163,9 @@ Found Plan::read_rows(PyObject* groups, PyObject* state,
     value = py::reinterpret_borrow<py::object>(next_value);
   };
   walk_on();
-  ahead::Walk dicts(state, ahead::Walk::Depth::kDict), keys(state, ahead::Walk::Depth::kKeys);
-  for (size_t i = 0; i < 3 * ahead::kRows; ++i) dicts.on();
-  for (size_t i = 0; i < 2 * ahead::kRows; ++i) keys.on();
-  constexpr size_t kBlock = 8;  // rows read together: what they touch stays in the first cache
+  ahead::Walk dicts(state);
   struct Block {
-    Pending rows[kBlock];
+    Pending rows[ahead::kRows];
     size_t count = 0;
     void release() {
       for (size_t i = 0; i < count; ++i) rows[i].release();
@@ -180,9 +177,7 @@ Found Plan::read_rows(PyObject* groups, PyObject* state,
   size_t g = 0;
   for (size_t r = 0; r < records_.size(); ++r) {
     const Record& record = records_[r];
-    fetch_ahead(r);
-    dicts.on();
-    keys.on();
+    if (r % ahead::kRows == 0) bring(r, &dicts);
     while (static_cast<int32_t>(r) >= group_ends_[g]) ++g;
     const int32_t start = g == 0 ? 0 : group_ends_[g - 1];
     const Py_ssize_t position =
@@ -213,7 +208,6 @@ Found Plan::read_rows(PyObject* groups, PyObject* state,
     const size_t k = grads_.size();
     const bool known = k < grads_before.size() && grads_before[k] == grad;
     grads_.push_back(grad);
-    if (leads_) ahead::implementation(grad);
     Pending& row = block.rows[block.count++];
     row.r = r;
     row.g = g;
@@ -224,7 +218,7 @@ Found Plan::read_rows(PyObject* groups, PyObject* state,
     row.present = 0;
     row.step = 0;
     std::fill(std::begin(row.scalars), std::end(row.scalars), 0);
-    if (block.count == kBlock) {
+    if (block.count == ahead::kRows) {
       if (!read_block(block.rows, block.count)) return Found::kSuspect;
       block.release();
     }
@@ -235,20 +229,18 @@ Found Plan::read_rows(PyObject* groups, PyObject* state,
   return noticed_.empty() ? Found::kReady : Found::kFresh;
 }
 
-void Plan::fetch_ahead(size_t r) const {
-  if (!leads_) return;
-  const auto columns = static_cast<size_t>(this->columns());
-  const auto each = [&](size_t row, const auto& fetch) {
-    if (row >= records_.size()) return;
-    fetch(records_[row].param);
-    for (size_t c = 0; c < columns; ++c) {
-      if (const PyObject* object = held_[row * columns + c]) fetch(object);
-    }
-  };
-  each(r + 3 * ahead::kRows, ahead::object);
-  each(r + 2 * ahead::kRows, ahead::implementation);
-  each(r + ahead::kRows, ahead::storage);
-  if (r + ahead::kRows < records_.size()) ahead::autograd(records_[r + ahead::kRows].param);
+// The objects of the rows from `first` on, which are read next.
+void Plan::bring(size_t first, ahead::Walk* dicts) const {
+  if (leads_ == nullptr) return;
+  ahead::Rows rows;
+  rows.width = static_cast<size_t>(columns());
+  rows.step = static_cast<size_t>(states_);
+  rows.states = &held_[first * rows.width];
+  for (size_t r = first; r < records_.size() && rows.count < ahead::kRows; ++r, ++rows.count) {
+    rows.params[rows.count] = records_[r].param;
+    rows.dicts[rows.count] = dicts->next();
+  }
+  ahead::bring(*leads_, rows);
 }
 
 void Plan::drop_rows_from(size_t k) {

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "ahead.h"
 #include "cpu/run.h"
 #include "dlpack.h"
 
@@ -180,7 +181,7 @@ class Plan {
   bool is_negated(PyObject* tensor) const;
   bool any_negated(PyObject* const* tensors, size_t count) const;
   void drop_rows_from(size_t k);
-  void fetch_ahead(size_t r) const;
+  void bring(size_t first, ahead::Walk* dicts) const;
   void find_shared_counters();
   static int64_t version(PyObject* tensor);
   void fill_hypers(const std::vector<std::vector<double>>& numbers);
@@ -211,7 +212,7 @@ class Plan {
   int64_t scalars_;
   bool averages_;
   std::vector<PyObject*> held_;  // owned; what was found in the state at the last refresh
-  bool leads_ = false;           // what ahead.h reads of a tensor's object stands there
+  const ahead::Leads* leads_;    // null where nothing can be brought
   bool settled_ = false;         // whether the next two are those of the tensors that are held
   py::object kept_;
   py::object bumped_;

@@ -262,9 +262,14 @@ int64_t Plan::version(PyObject* tensor) {
   return value ? PyLong_AsLongLong(value.ptr()) : -1;
 }
 
-// What to bump: a list that stands, or one made for this step.
+// What to bump: a list that stands, or one made for this step; null with a Python error.
 py::object Plan::to_bump() const {
-  return bumped_ ? bumped_ : py::reinterpret_steal<py::object>(written());
+  const py::object list = bumped_ ? bumped_ : py::reinterpret_steal<py::object>(written());
+  if (list && leads_ != nullptr) {
+    const auto count = static_cast<size_t>(PyList_GET_SIZE(list.ptr()));
+    ahead::bring_versions(*leads_, PySequence_Fast_ITEMS(list.ptr()), count);
+  }
+  return list;
 }
 
 // ----- what Python's garbage collector may see

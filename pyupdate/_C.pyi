@@ -48,10 +48,10 @@ class Objects:
     """Tensors' Python objects, read as a refresh reads them, for benchmarks."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        """ValueError for what is no tensor of a torch whose objects are known."""
+        """ValueError for what is no tensor, or of a torch that does not say what one leads to."""
 
     def read(self) -> int:
-        """Follow each one to its storage; how many have one."""
+        """Go through each one's object, implementation and storage; how many have one."""
 
 class Plan:
     """The rows of an optimizer that this module steps; every method re-reads every tensor."""

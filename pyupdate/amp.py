@@ -144,9 +144,14 @@ def count(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
     state["found_inf_per_device"] = {scale.device: found}
 
 
+_UNSCALED = Scaling()
+
+
 def _scaling_of_attributes(optimizer: torch.optim.Optimizer) -> Scaling:
     grad_scale = getattr(optimizer, "grad_scale", None)
     found_inf = getattr(optimizer, "found_inf", None)
+    if grad_scale is None and found_inf is None:
+        return _UNSCALED
     return Scaling(
         scale=None if grad_scale is None else torch.as_tensor(grad_scale),
         flags=() if found_inf is None else (torch.as_tensor(found_inf),),

@@ -19,6 +19,8 @@ from pyupdate.bench.truth import WrongError
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import apart  # noqa: E402 - benchmarks are scripts, not a package
+import matrix  # noqa: E402
+import measured  # noqa: E402
 import peers  # noqa: E402
 
 SMALL = Workload("small", ((200, 100), (33,), (5, 5)))
@@ -100,6 +102,24 @@ def test_many_tensors_are_not_compiled() -> None:
     many = Workload("many", ((1,),) * (peers.LARGEST + 1))
     with pytest.raises(ValueError, match="201 tensors: more than 200"):
         Contestant(peers.COMPILED, many, "step", peers.makers("step", "AdamW")[peers.COMPILED])
+
+
+def test_who_takes_part() -> None:
+    def names(*cell: str, with_peers: bool = True, **more) -> set[str]:
+        return set(measured.makers(matrix.Cell(*cell, **more), with_peers=with_peers))
+
+    torchs = {"torch loop", "torch foreach", "torch fused", "pyupdate"}
+    # What compiles for minutes does not keep the others waiting.
+    compiling = names("compiled", "ResNet-50")
+    assert compiling >= {"torch fused", peers.COMPILED, "pyupdate"}
+    assert all(peers.compiles(name) for name in compiling - {"torch fused", "pyupdate"})
+    for section, dtype in (("kinds", "float32"), ("dtypes", "mixed")):
+        found = names(section, "ResNet-50", "full", dtype=dtype)
+        assert found >= torchs | {peers.HOOKED} and not any(map(peers.compiles, found))
+    assert names("kinds", "ResNet-50", "full", with_peers=False) == torchs == names("host", "1000")
+    assert names("tensors", "1000") == torchs
+    assert names("tensors", "1000", threads=1) == {"torch fused", "pyupdate"}
+    assert names("backends", "1,000 tiny") == {"torch fused", "pyupdate in Python", "pyupdate"}
 
 
 def test_a_step_from_a_loss_is_proven_too() -> None:

@@ -70,7 +70,8 @@ def test_variables_on_several_devices(way: str, caplog: pytest.LogCaptureFixture
     assert {variable.value.device[-5:] for variable in model.held} == devices
 
 
-def test_an_optimizer_that_keeps_a_string(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("way", ["eager", "function"])
+def test_an_optimizer_that_keeps_a_string(way: str, caplog: pytest.LogCaptureFixture) -> None:
     class Spelled(keras.optimizers.SGD):
         """Writes down what it has done."""
 
@@ -83,7 +84,7 @@ def test_an_optimizer_that_keeps_a_string(caplog: pytest.LogCaptureFixture) -> N
             self.written.assign(tf.strings.join([self.written, "."]))
 
     model = pyupdate.build(Known(VALUES), Spelled(0.5))
-    check_sgd(model)
+    check_sgd(model, ways(lambda model, *grads: give(model, *grads))[way])
     assert model.current_optimizer.written.numpy() == b"." * 6
     (line,) = said(caplog)
     assert line.startswith("Spelled ")

@@ -15,6 +15,7 @@ tf_keras = pytest.importorskip("tf_keras", reason="tf-keras is not installed")
 from training import apart, losses, network, ways
 
 import pyupdate
+from pyupdate.tensorflow.update import path_of
 
 MAKE = {
     "adam": lambda: tf_keras.optimizers.Adam(0.01, jit_compile=False),
@@ -102,3 +103,44 @@ def test_build_makes_its_optimizers() -> None:
     before = numbers(model.weights)
     update(model)
     assert any((a != b).any() for a, b in zip(before, numbers(model.weights), strict=True))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_every_replica_is_compiled(strategy: Any, legacy: bool, graph: bool) -> None:
+    class Vector(tf_keras.Model):
+        """Its gradient is what a call is given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = tf.Variable([1.0, 2.0])
+            self.built = True
+
+        def call(self, grad: Any) -> Any:
+            return tf.reduce_sum(self.held * grad)
+
+    optimizers = tf_keras.optimizers.legacy if legacy else tf_keras.optimizers
+    with strategy.scope():
+        inner = optimizers.SGD(0.5, momentum=0.5, **({} if legacy else {"global_clipnorm": 5.0}))
+        scaling = tf_keras.mixed_precision.LossScaleOptimizer(inner, initial_scale=256.0)
+        model = pyupdate.build(Vector(), scaling)
+
+    def each(grads: Any) -> None:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        with tf.GradientTape() as tape:
+            loss = model(tf.gather(grads, replica))
+        pyupdate.update_model(model, loss, tape=tape)
+
+    def step(grads: Any) -> None:
+        strategy.run(each, args=(grads,))
+
+    called = tf.function(step) if graph else step
+    for second in ([2.0, 8.0], [0.0, math.inf], [2.0, 8.0]):  # the mean: 3, 4, of norm 5
+        called(tf.constant([[4.0, 0.0], second]))
+    # Momentum of a half: the second step is one and a half times the first.
+    true = np.float64([1.0, 2.0]) - 0.5 * 2.5 * np.float64([3.0, 4.0])
+    parts = strategy.experimental_local_results(model.held)
+    assert parts[0].numpy().tobytes() == parts[1].numpy().tobytes()
+    assert apart([parts[0].numpy()], [true]) <= 8
+    assert float(scaling.loss_scale) == 128.0
+    assert path_of(model) == "XLA"

@@ -17,8 +17,9 @@ import torch
 from ..kernels.language import Rule
 from ..kernels.rules import RULES
 from ..options import LastUpdate
+from ..pytorch.new_state import make_state
 from ..pytorch.request import Request, Scaling
-from ..pytorch.rows import GroupRule, Inputs, Row, make_state
+from ..pytorch.rows import GroupRule, Inputs, Row
 from . import AUTO, say_once
 from .compiled import plan_of, runs_of, settle
 from .plain import is_plain

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import timing
+from . import timing, watch
 from .contestants import OURS, Contestant, Optimizer, Workload
 from .truth import WrongError, check
 
@@ -21,6 +21,7 @@ def measure(
     seconds: float,
     threads: int,
     rounds: int = 8,
+    patience: float = 1.0,
     proof: Proof = check,
 ) -> dict[str, Any]:
     """Time the contestants that are right.
@@ -32,12 +33,14 @@ def measure(
         seconds: of timing, at least; warm-up takes at most as long again, or two windows.
         threads: what `timing.settled` was given.
         rounds: of timing, at least.
+        patience: for a machine that does not hold still, as `watch.interleave` takes it.
         proof: raises where a contestant is wrong; given it, and an optimizer of ours.
 
     Returns:
         Of every contestant the median and quartiles in ms, how far it is off the truth, and the
         GB/s of the least bytes that such a step of ours moves; its times over ours; what was wrong
-        with those that were not timed; and what part of the bare stream's GB/s ours are.
+        with those that were not timed; what part of the bare stream's GB/s ours are; and how the
+        machine was meanwhile (`watch.Watched.facts`).
 
     Raises:
         WrongError: ours is wrong.
@@ -59,15 +62,13 @@ def measure(
     if bare is not None:
         runs["stream"] = (lambda: None, bare[0])
     warm, steady = timing.warm_up(runs, seconds=seconds)
-    others = timing.others()
-    times = timing.interleave(runs, seconds=seconds, rounds=rounds)
-    taken = others()
+    watched = watch.interleave(runs, seconds=seconds, rounds=rounds, patience=patience)
+    times = watched.times
     speeds = {
         name: moved * workload.elements / times[name].median / 1e9 if moved else None
         for name in found
     }
     streamed = bare[1] * workload.elements / times["stream"].median / 1e9 if bare else None
-    speed = speeds[OURS]
     return {
         "workload": workload.name,
         "tensors": len(workload.shapes),
@@ -78,14 +79,13 @@ def measure(
         "off_eps": off,
         "ratio": {name: timing.ratio(times[name], times[OURS]) for name in found if name != OURS},
         "failed": failed,
-        "rounds": len(times[OURS].seconds),
         "warm_rounds": warm,
         "steady": steady,
-        "others": taken,
+        **watched.facts(),
         "bytes": moved,
         "GBps": speeds,
         "stream_GBps": streamed,
-        "of_stream": speed / streamed if speed and streamed else None,
+        "of_stream": _of_stream(times, moved, bare[1]) if bare and moved else None,
     }
 
 
@@ -109,6 +109,11 @@ def _made(
 def _said(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
     return text if isinstance(error, WrongError) else f"{type(error).__name__}: {text}"
+
+
+def _of_stream(times: dict[str, timing.Times], moved: float, bare: int) -> float:
+    """By the rounds' ratios, for the speed of a shared machine's memory drifts."""
+    return timing.ratio(times["stream"], times[OURS]) * moved / bare
 
 
 def _bytes(ours: Contestant) -> float | None:

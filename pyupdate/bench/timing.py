@@ -178,25 +178,24 @@ def interleave(
     *,
     seconds: float,
     rounds: int = ROUNDS,
-    tick: Callable[[], object] = lambda: None,
+    first: int = 0,
 ) -> dict[str, Times]:
     """Time several warm things in rounds of one turn each, the order reversed every other round.
 
     Args:
         runs: by name what is done off the clock, and then on it; `warm_up` has run them.
         seconds: for so long at least.
-        rounds: and so many at least, two or more.
-        tick: called after every round, for a progress bar.
+        rounds: and so many at least; quartiles need two.
+        first: the number of the first round, which says in which order it is: an odd one reversed.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs.items())
     end = time.perf_counter() + seconds
     count = 0
     while count < rounds or time.perf_counter() < end:
-        for name, run in order if count % 2 == 0 else reversed(order):
+        for name, run in order if (first + count) % 2 == 0 else reversed(order):
             times[name].append(_timed(*run))
         count += 1
-        tick()
     return {name: Times(found) for name, found in times.items()}
 
 

@@ -109,15 +109,15 @@ class Planned(Optimizer):
             TypeError, ValueError: something is refused; nothing was written.
             RuntimeError: a second step before ``scaler.update()``.
         """
-        window = None if self._is_differentiable() else accumulation.window_of(self)
-        if window is not None:
+        window = accumulation.window_of(self)
+        if window is not None and not self._is_differentiable():
             return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
         given: dict[str, Any] = {} if grad_scaler is None else {"grad_scaler": grad_scaler}
         return self._whole_step(*(() if closure is None else (closure,)), **given)
 
     step.hooked = True  # type: ignore[attr-defined] # torch would run the hooks of every micro-batch
 
-    @Optimizer.profile_hook_step
+    @engine.hooked
     def _whole_step(
         self,
         closure: Callable[[], Any] | None = None,

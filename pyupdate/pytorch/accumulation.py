@@ -152,7 +152,7 @@ def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> W
     Raises:
         ValueError: a group holds trainable parameters beside them, which would count along.
     """
-    if not step.has_rule(optimizer) or step.options_of(optimizer).accumulation_steps == 1:
+    if step.options_of(optimizer).accumulation_steps == 1 or not step.has_rule(optimizer):
         return None
     groups = optimizer.param_groups
     if params is None:

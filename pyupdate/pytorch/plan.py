@@ -18,8 +18,9 @@ from ..backends.cuda_devices import Devices
 from ..kernels.reduction import halving_tree, largest
 from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
+from .new_state import make_state
 from .request import Request, Scaling, request_of
-from .rows import GroupRule, Inputs, Row, make_state
+from .rows import GroupRule, Inputs, Row
 
 
 class Part(Protocol):

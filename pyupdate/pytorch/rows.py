@@ -232,7 +232,8 @@ def mend_row(row: Row, rule: GroupRule, inputs: Inputs) -> bool:
         mended = True
     inner = inputs.state.get(row.param)
     if inner and isinstance(inner.get("step"), int | float):
-        inner["step"] = _new_scalar(float(inner["step"]), row.param.device)
+        dtype = states.scalar_type()
+        inner["step"] = torch.full((), inner["step"], dtype=dtype, device=row.param.device)
         mended = True
     for key in rule.rule.scalars:
         value = inner.get(key) if inner else None
@@ -261,71 +262,3 @@ def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: In
                 what = f"state '{key}' of '{row.name}'"
                 memories.append(checks.Memory(what, value, written=True))
     checks.check_memory(memories)
-
-
-@one_thread_in_forked_child()
-def make_state(
-    rows: Sequence[Row],
-    rules: Sequence[GroupRule],
-    inputs: Inputs,
-    made: list[tuple[torch.Tensor, str]],
-) -> None:
-    """Give parameters the state that torch's optimizer would, under torch's keys, and averages.
-
-    What is there already stays; what is made is listed in `made`, to be taken back after a failure.
-
-    What is made in one go shares one autograd version counter, so that a step bumps it once
-    instead of once a tensor (20 to 40 ns each), step counts and scalars another one. A counter that
-    moves too often is harmless: autograd refuses a graph that saved one of these tensors if any of
-    them was written since.
-    """
-    counters: dict[tuple[torch.device, bool], torch.Tensor] = {}
-    for row in rows:
-        rule = rules[row.group]
-        inner = inputs.state[row.param]
-        values = {}
-        if rule.keys and not has_state(inner, rule.keys, row.name):
-            values = _state_of(row, rule, inputs)
-        if lacks_average(inner, inputs):
-            like = torch.zeros_like(
-                row.param, dtype=states.compute_type(row.param), memory_format=torch.preserve_format
-            )
-            values[AVERAGE] = like.copy_(row.param.detach())
-        for key, value in values.items():
-            made.append((row.param, key))
-            kind = row.param.device, key == "step" or key in rule.rule.scalars
-            if kind not in counters:
-                counters[kind] = torch.zeros((), device=row.param.device)
-            inner[key] = _count_with(counters[kind], value.detach())
-
-
-def _state_of(row: Row, rule: GroupRule, inputs: Inputs) -> dict[str, torch.Tensor]:
-    numbers = dict(zip(rule.rule.numbers, inputs.numbers[row.group][1:], strict=True))
-    device = row.param.device
-    made = {"step": _new_scalar(0.0, device)} if rule.counts_steps else {}
-    for key, initial in rule.rule.scalars.items():
-        made[key] = _new_scalar(numbers[initial] if isinstance(initial, str) else initial, device)
-    for key, initial in rule.rule.state.items():
-        dtype = states.dtype_for(row.param, inputs.state_dtype)
-        values = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
-        if initial == "param":
-            values.copy_(row.param.detach())
-        elif initial != 0.0:
-            values.fill_(numbers[initial] if isinstance(initial, str) else initial)
-        made[key] = values
-    return made
-
-
-def _count_with(counted: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """A tensor of these values whose version counter is that of `counted`."""
-    if values.device != counted.device or torch.is_inference_mode_enabled():
-        return values
-    alias = counted.detach()
-    alias.data = values
-    return alias
-
-
-def _new_scalar(value: float, device: torch.device) -> torch.Tensor:
-    """A step count or another scalar of a parameter, of the type that torch gives its own."""
-    wide = torch.get_default_dtype() is torch.float64
-    return torch.full((), value, dtype=torch.float64 if wide else torch.float32, device=device)

@@ -33,6 +33,12 @@ def compute_type(param: torch.Tensor) -> torch.dtype:
     return torch.float64 if param.dtype is torch.float64 else torch.float32
 
 
+def scalar_type() -> torch.dtype:
+    """What torch makes a step count in, or another scalar of a parameter."""
+    wide = torch.get_default_dtype() is torch.float64
+    return torch.float64 if wide else torch.float32
+
+
 def converted(
     optimizer: Optimizer, wanted: torch.dtype | None
 ) -> list[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -50,11 +50,13 @@ class Measured:
     """What the reduce pass finds, as tensors.
 
     Attributes:
+        total: the sum of the squares of the gradients as they came.
         norm: of the unscaled gradients.
         finite: whether every element is; None where nobody asks.
         multiplier: one number, or one per gradient.
     """
 
+    total: Any
     norm: Any
     finite: Any
     multiplier: Any
@@ -72,7 +74,7 @@ def measured(
         finite = tf.cond(
             tf.math.is_finite(total),
             lambda: tf.constant(True),
-            lambda: tf.reduce_all([tf.reduce_all(tf.math.is_finite(grad)) for grad in grads]),
+            lambda: all_finite(grads),
         )
     factor = tf.constant(1.0)
     if options.max_norm is not None:  # torch's, guard included
@@ -85,7 +87,17 @@ def measured(
     if clips.clipnorm is not None:
         norms = tf.sqrt(2.0 * tf.stack(halved)) * multiplier
         multiplier = multiplier * tf.minimum(clips.clipnorm / norms, 1.0)
-    return Measured(norm, finite, multiplier)
+    return Measured(total, norm, finite, multiplier)
+
+
+def all_finite(grads: Sequence[Any]) -> Any:
+    """Whether every element is finite."""
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(grad)) for grad in grads])
+
+
+def smallest(multiplier: Any) -> Any:
+    """The one that clips most, of one number or one per gradient."""
+    return tf.reduce_min(multiplier) if multiplier.shape.rank == 1 else multiplier
 
 
 def multiplied(grads: Sequence[Any], multiplier: Any, clip_value: float | None) -> list[Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import tensorflow as tf
 
@@ -15,6 +16,7 @@ from pyupdate.options import LastUpdate, Options
 
 from ..remembered import Remembered
 from . import averages, gradients, halves, loss_scale, optimizers, replicas
+from .alone import without_strategy
 from .plan import Plan
 from .state import State
 
@@ -23,7 +25,8 @@ Deferred = MutableMapping[str, list[Callable[[], None]]]
 PLANS = 16
 """So many plans an optimizer has at most: the one not used for longest is forgotten."""
 
-_plans: Remembered[OrderedDict[Any, Plan]] = Remembered()
+P = TypeVar("P")
+_plans: Remembered[OrderedDict[Any, Any]] = Remembered()
 _last: Remembered[LastUpdate | list[Any]] = Remembered()
 _warned: Remembered[set[str]] = Remembered()
 
@@ -131,35 +134,52 @@ def apply(
         scale: what the gradients are scaled by; None where they are not.
     """
     optimizer = optimizer_of(model, name)
-    inner = optimizers.stepped(optimizer)
     options = options_of(model)
     scaling = loss_scale.of(optimizer)
-    if replicas.count() > 1:
-        replicas.step(name, optimizer, owners, grads, options, scaling, scale)
-        return
-    plans = _plans.get(optimizer)
-    if plans is None:
-        _plans[optimizer] = plans = OrderedDict()
-    key = (
-        options,
-        tuple(map(id, variables)),
-        tuple(grad.dtype for grad in grads),
-        scale is not None,
-        optimizers.fingerprint(inner),
-        None if scaling is None else scaling.growth_steps,
-    )
-    plan = plans.get(key)
-    if plan is None:
+    kinds = tuple(grad.dtype for grad in grads)
+
+    def planned(make: Callable[[], P], *also: Any) -> P:
+        inner = optimizers.fingerprint(optimizers.stepped(optimizer))
+        grows = None if scaling is None else scaling.growth_steps
+        key = (options, tuple(map(id, variables)), kinds, scale is not None, inner, grows, *also)
+        return _planned(optimizer, key, make)
+
+    def make() -> Plan:
         copies, stand_ins = halves.of(optimizer, variables)
         targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
         state = _state(model, options)
-        plan = Plan(inner, variables, targets, options, scaling, state, copies)
-        plans[key] = plan
+        inner = optimizers.stepped(optimizer)
+        return Plan(inner, variables, targets, options, scaling, state, copies)
+
+    if (replicated := replicas.count()) > 1:
+        replicas.check_options(name, options)
+        replicas.step(
+            grads,
+            scale,
+            lambda strategy: planned(
+                partial(replicas.plan, strategy, optimizer, owners, variables, options, scaling),
+                replicated,
+                tf.config.functions_run_eagerly(),
+            ),
+            partial(_keep, optimizer),
+        )
+        return
+    _keep(optimizer, planned(make)(grads, scale), scale)
+
+
+def _planned(optimizer: Any, key: Any, make: Callable[[], P]) -> P:
+    """The optimizer's plan of that key."""
+    plans = _plans.get(optimizer)
+    if plans is None:
+        _plans[optimizer] = plans = OrderedDict()
+    plan = plans.get(key)
+    if plan is None:
+        plans[key] = plan = make()
         if len(plans) > PLANS:
             plans.popitem(last=False)
     else:
         plans.move_to_end(key)
-    _keep(optimizer, plan(grads, scale), scale)
+    return plan
 
 
 def path_of(model: Any) -> str:
@@ -173,7 +193,8 @@ def path_of(model: Any) -> str:
     if not plans:
         message = f"'{name}' was not stepped yet"
         raise ValueError(message)
-    return next(reversed(plans.values())).path
+    path: str = next(reversed(plans.values())).path
+    return path
 
 
 def last_update(model_or_optimizer: Any) -> LastUpdate | None:
@@ -197,14 +218,22 @@ def _keep(optimizer: Any, found: Sequence[Any], scale: Any) -> None:
         return
     kept = _last.get(optimizer)
     if not isinstance(kept, list):
+
+        def zeros() -> list[Any]:
+            return [tf.Variable(0.0, trainable=False) for _ in found]
+
         with tf.init_scope():
-            _last[optimizer] = kept = [tf.Variable(0.0, trainable=False) for _ in found]
+            kept = without_strategy(zeros) if tf.distribute.has_strategy() else zeros()
+        _last[optimizer] = kept
     for variable, value in zip(kept, found, strict=True):
         variable.assign(value)
 
 
 def _read(found: Sequence[Any]) -> LastUpdate:
-    norm, skipped, multiplier = (tf.identity(value) for value in found)
+    # A variable's value now; a tensor has no other, and copying three takes 0.2 ms.
+    norm, skipped, multiplier = (
+        tf.identity(value) if isinstance(value, tf.Variable) else value for value in found
+    )
     return LastUpdate(
         lambda: float(norm.numpy()),
         lambda: bool(skipped.numpy()),

@@ -5,7 +5,10 @@
 #include <Python.h>
 #include <stdint.h>
 
-#include "ahead.h"
+#include <algorithm>
+#include <vector>
+
+#include "ahead.cpp"
 #include "dlpack.h"
 
 using pyupdate::dlpack::ExchangeApi;
@@ -20,17 +23,26 @@ extern "C" int64_t read_alone(PyObject* tensors, int64_t columns, PyObject* caps
   if (api == nullptr) return -1;
   const Py_ssize_t count = PyList_GET_SIZE(tensors);
   const auto at = [&](Py_ssize_t i) { return PyList_GET_ITEM(tensors, i); };
-  const bool leads = count > 0 && ahead::lead_to(at(0));
+  const ahead::Leads* const leads = ahead::leads();
+  const auto width = static_cast<size_t>(columns - 1);
+  std::vector<PyObject*> states(ahead::kRows * width);
   int64_t sum = 0;
   pyupdate::dlpack::Tensor view;
   for (Py_ssize_t row = 0; row + columns <= count; row += columns) {
-    const Py_ssize_t far = columns * static_cast<Py_ssize_t>(ahead::kRows);
-    for (Py_ssize_t c = row; leads && c < row + columns; ++c) {
-      if (c + 3 * far < count) ahead::object(at(c + 3 * far));
-      if (c + 2 * far < count) ahead::implementation(at(c + 2 * far));
-      if (c + far < count) ahead::storage(at(c + far));
+    if (leads != nullptr && row % (columns * static_cast<Py_ssize_t>(ahead::kRows)) == 0) {
+      ahead::Rows rows;
+      rows.states = states.data();
+      rows.width = width;
+      rows.step = 0;
+      for (Py_ssize_t next = row; next < count && rows.count < ahead::kRows; next += columns) {
+        for (size_t c = 0; c < width; ++c) {
+          states[rows.count * width + c] = at(next + 1 + static_cast<Py_ssize_t>(c));
+        }
+        rows.dicts[rows.count] = nullptr;
+        rows.params[rows.count++] = at(next);
+      }
+      ahead::bring(*leads, rows);
     }
-    if (leads && row + far < count) ahead::autograd(at(row + far));
     PyObject* param = at(row);
     PyObject* grad =
         Py_TYPE(grad_descriptor)
