@@ -37,15 +37,16 @@ from device.triton_backend import triton_backend
 from device_on_cpu import cuda_on_cpu
 
 TENSORS = 1000
+ELEMENTS = 256  # of ours; nothing goes through them, but what has one is asked whether it is negated
 TARGET = 10.0
 """Torch's time must be so many times ours."""
 
 
-def params() -> list[torch.nn.Parameter]:
-    """Tensors of one element with their gradients."""
-    made = [torch.nn.Parameter(torch.randn(1)) for _ in range(TENSORS)]
+def params(elements: int) -> list[torch.nn.Parameter]:
+    """Tensors with their gradients."""
+    made = [torch.nn.Parameter(torch.randn(elements)) for _ in range(TENSORS)]
     for param in made:
-        param.grad = torch.randn(1)
+        param.grad = torch.randn(elements)
     return made
 
 
@@ -76,19 +77,19 @@ def reading_alone(listed: list[torch.nn.Parameter], state: Any) -> Callable[[], 
 
 def in_turns(seconds: float, **options: Any) -> dict[str, float]:
     """The medians of torch and of the back end in force, in milliseconds."""
-    still, moving = params(), params()
+    still, moving = params(ELEMENTS), params(ELEMENTS)
     ours, ours_moving = (
         pyupdate.optim.AdamW(listed, lr=1e-3, **options) for listed in (still, moving)
     )
     ours.step()
-    theirs = torch.optim.AdamW(params(), lr=1e-3, fused=True)
+    theirs = torch.optim.AdamW(params(1), lr=1e-3, fused=True)
     contestants = {
         "nothing moved": (lambda: None, ours.step),
         "every gradient moved": (in_another_place(moving), ours_moving.step),
         "torch fused": (lambda: None, theirs.step),
     }
     if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        floor = params()
+        floor = params(ELEMENTS)
         of_floor = pyupdate.optim.AdamW(floor, lr=1e-3, **options)
         of_floor.step()
         contestants["tensors read alone"] = (lambda: None, reading_alone(floor, of_floor.state))
