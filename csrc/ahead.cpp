@@ -33,8 +33,10 @@ const void* said(const py::handle& object, const char* name) {
 
 std::optional<Leads> look() {
   const py::module_ torch = py::module_::import("torch");
-  const py::object plain = torch.attr("zeros")(1);
-  const py::object leaf = torch.attr("zeros")(1, py::arg("requires_grad") = true);
+  const auto made = [&](bool leaf) -> py::object {
+    return torch.attr("zeros")(1, py::arg("device") = "cpu", py::arg("requires_grad") = leaf);
+  };
+  const py::object plain = made(false), leaf = made(true);
   leaf.attr("grad") = plain;
   const py::object alias = plain.attr("detach")();  // of the same storage and version counter
   const void* impl = said(plain, "_cdata");
@@ -92,18 +94,16 @@ void load_keys(PyObject* found) {
 
 }  // namespace
 
-// Under the GIL, which guards these two: a guarded static would wait for a thread that waits for
-// it.
+// Under the GIL, which guards this static: one of C++'s own would have its second thread wait while
+// it holds the GIL. What is not found, as in inference mode, is looked for again by the next plan.
 const Leads* leads() {
-  static bool looked = false;
   static std::optional<Leads> found;
-  if (!looked) {
+  if (!found) {
     try {
       found = look();
     } catch (const py::error_already_set&) {
-      found.reset();  // a torch that does not say it
+      return nullptr;
     }
-    looked = true;
   }
   return found ? &*found : nullptr;
 }
