@@ -322,8 +322,7 @@ def test_a_cell_in_a_process_of_its_own() -> None:
     with server.Server() as one:
         cell = matrix.Cell("tensors", "1", threads=1)
         found = [run.in_a_process(cell, one, seconds=0.1) for _ in range(2)]
-        told = {"workload": "1,000 x 1", "kind": "step", "seconds": 0.1, "bare": True}
-        target = one.ask("target", limit=60.0, **told)
+        target = one.target("1,000 x 1", "step", seconds=0.1, bare=True)
     for record_of_it in found:
         assert record_of_it["key"] == cell.key and record_of_it["ms"][OURS] > 0.0
         assert record_of_it["sources"] == run.digest() and "took_s" in record_of_it
