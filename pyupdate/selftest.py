@@ -3,38 +3,38 @@
 
 A step here is the whole of it: reduce pass with a finite check, unscale, clip, apply pass, from
 state in mid-training. The fp32 oracle (kernels/oracle.py on stored values) must be met bit for bit;
-the fp64 oracle, which shares no rounding with it, within `PARAM_BOUND` and `STATE_BOUND`.
+the fp64 oracle, which shares no rounding with it, within `PARAM_BOUND` and `STATE_BOUND`. Keras
+steps some rules too, within the bounds: XLA may contract (pyupdate/tensorflow/selftest.py).
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import backends
+from . import backends, info
+from . import selftest_truth as truth
 from .kernels import oracle
 from .kernels.language import Rule
 from .kernels.rules import RULES
-from .kernels.rules import multiplier as multiplier_rule
 from .options import Options
 from .pytorch.plan import Plan
 from .pytorch.request import Scaling
 from .pytorch.rows import GroupRule, Inputs, Row
+from .selftest_truth import PARAM_BOUND, STATE_BOUND, Array, Result, Stored
 
-Array = np.ndarray[Any, Any]
-
-PARAM_BOUND = 8.0
-"""Largest error of a parameter against fp64, in eps x max(|param|, lr, largest move)."""
-STATE_BOUND = 4.0
-"""Largest error of state against fp64, in eps x max(|state|, |grad|, grad^2, largest move)."""
 PROMISE = (
     "self-test: the fp32 oracle's bits, and the fp64 oracle within "
-    f"{PARAM_BOUND:g} eps (parameters) and {STATE_BOUND:g} eps (state)"
+    f"{PARAM_BOUND:g} eps (parameters) and {STATE_BOUND:g} eps (state); keras: the latter"
 )
 
 STORAGES = (
@@ -46,60 +46,6 @@ STORAGES = (
     (torch.float16, torch.float32),
 )
 """The dtypes of a parameter and of its state."""
-SIZES = (1, 70, 16_389)
-"""One element, a few lanes, and a chunk of 16,384 elements with a short one after it."""
-COUNT = 3  # the step that is made
-UNSCALE = 0.25
-MAX_NORM = 40.0  # of a norm of 74: the clip halves the gradients
-NUMBERS = {
-    "lr": 1e-3,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "momentum": 0.9,
-    "dampening": 0.1,
-    "nesterov": 1.0,
-}
-"""What groups hold, by the names of rules; a name that is not here is 0.5."""
-STATE = {"grad_avg": (0.001, 0.05)}
-"""Where state lies, if not from 0.01 to 1: an average is below the root of that of the squares."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the self-test.
-
-    Attributes:
-        backend: its name, with the instruction set where it has one.
-        rule: what was stepped.
-        passed: None where the back end cannot run.
-        bits: whether the fp32 oracle's bits were met.
-        worst: the largest error against fp64 as a part of its bound.
-        reason: why it was left out, or what was raised.
-    """
-
-    backend: str
-    rule: str
-    passed: bool | None
-    bits: bool = False
-    worst: float = 0.0
-    reason: str = ""
-
-    def line(self) -> str:
-        """As text."""
-        head = f"{self.backend:<12} {self.rule:<16}"
-        if self.passed is None:
-            return f"{head} left out: {self.reason}"
-        if self.reason:
-            return f"{head} FAILED: {self.reason}"
-        verdict = "ok" if self.passed else "FAILED"
-        bits = "bits equal" if self.bits else "BITS DIFFER"
-        return f"{head} {verdict:<6} {bits}, {self.worst:.2f} of the bound"
-
-    def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
 
 
 def run() -> Iterator[Result]:
@@ -115,6 +61,29 @@ def run() -> Iterator[Result]:
             for rule in RULES.values():
                 with _in_force(name, label):
                     yield _try(label, rule)
+    yield from keras_models()
+
+
+def keras_models() -> Iterator[Result]:
+    """Keras models, in a process of their own: TensorFlow and torch do not share one gladly."""
+    reason = info.keras_models()["reason"]
+    if reason is None and find_spec("keras") is None:
+        reason = "rules are stepped by Keras 3, and only tf-keras is installed"
+    if reason is not None:
+        yield Result("keras", "every rule", None, reason=reason)
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "pyupdate.tensorflow.selftest"],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    for line in done.stdout.splitlines():
+        yield Result(**json.loads(line))
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [""]
+        yield Result("keras", "every rule", False, reason=f"exit {done.returncode}: {last[0]}")
 
 
 def _variants(name: str) -> list[str]:
@@ -161,110 +130,44 @@ def _step(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[boo
 
     rows: list[Row] = []
     state: dict[torch.Tensor, dict[str, Any]] = {}
-    before: list[_Stored] = []
-    for position, size in enumerate(SIZES):
+    before: list[Stored] = []
+    for position, size in enumerate(truth.SIZES):
         param: torch.Tensor = torch.nn.Parameter(uniform(size, -1.0, 1.0))
         param.grad = uniform(size, -4.0, 4.0)
         state[param] = {
-            key: uniform(size, *STATE.get(key, (0.01, 1.0)), state_dtype) for key in rule.state
+            key: uniform(size, *truth.STATE.get(key, (0.01, 1.0)), state_dtype)
+            for key in rule.state
         }
         state[param] |= {key: torch.tensor(0.5) for key in rule.scalars}
-        state[param]["step"] = torch.tensor(float(COUNT - 1))
+        state[param]["step"] = torch.tensor(float(truth.COUNT - 1))
         rows.append(Row(param, 0, position, f"tensor {position}"))
         before.append(_stored(rule, param, param.grad, state[param]))
-    numbers = [NUMBERS.get(name, 0.5) for name in rule.numbers]
+    numbers = [truth.NUMBERS.get(name, 0.5) for name in rule.numbers]
     inputs = Inputs([{"params": [row.param for row in rows]}], state, [[1.0, *numbers]])
     plan = Plan(rows, [GroupRule(rule, counts_steps=True)])
-    plan.step(inputs, Options(max_norm=MAX_NORM), Scaling(unscale=UNSCALE, check=True))
+    plan.step(inputs, Options(max_norm=truth.MAX_NORM), Scaling(unscale=truth.UNSCALE, check=True))
 
     same = True
     worst = 0.0
-    given = _multiplier([stored.grad for stored in before])
-    exact = _exact_multiplier([oracle.load(stored.grad) for stored in before])
+    given = truth.multiplier([stored.grad for stored in before])
+    exact = truth.exact_multiplier([oracle.load(stored.grad) for stored in before])
     for row, stored in zip(rows, before, strict=True):
         assert row.param.grad is not None
         after = _stored(rule, row.param, row.param.grad, state[row.param])
-        same &= float(state[row.param]["step"]) == COUNT
-        same &= _same(after, stored.stepped(rule, numbers, given), stored)
+        same &= float(state[row.param]["step"]) == truth.COUNT
+        same &= truth.same(after, stored.stepped(rule, numbers, given), stored)
         wide = stored.in_fp64()
         true = wide.stepped(rule, numbers, exact)
-        part = _part(after, true, wide, np.abs(wide.grad * exact))
+        part = truth.part(after, true, wide, np.abs(wide.grad * exact))
         worst = max(worst, part / torch.finfo(dtype).eps)
     return same, worst
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Copies of a row as numpy has them; bf16 as its bit patterns."""
-
-    param: Array
-    grad: Array
-    state: dict[str, Array]
-
-    def in_fp64(self) -> _Stored:
-        state = {key: oracle.load(value).astype(np.float64) for key, value in self.state.items()}
-        param, grad = (oracle.load(value).astype(np.float64) for value in (self.param, self.grad))
-        return _Stored(param, grad, state)
-
-    def stepped(self, rule: Rule, numbers: list[float], multiplier: float) -> _Stored:
-        param, state = oracle.step(
-            rule,
-            self.param,
-            self.grad,
-            self.state,
-            numbers,
-            count=COUNT,
-            multiplier=multiplier,
-        )
-        return _Stored(param, self.grad, state)
-
-
 def _stored(
     rule: Rule, param: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor]
-) -> _Stored:
+) -> Stored:
     kept = {key: _numpy(state[key]) for key in (*rule.state, *rule.scalars)}
-    return _Stored(_numpy(param), _numpy(grad), kept)
-
-
-def _same(found: _Stored, known: _Stored, before: _Stored) -> bool:
-    """Whether the bits are those that are known, and the gradient's what they were."""
-    return (
-        found.param.tobytes() == known.param.tobytes()
-        and found.grad.tobytes() == before.grad.tobytes()
-        and all(found.state[key].tobytes() == known.state[key].tobytes() for key in known.state)
-    )
-
-
-def _part(found: _Stored, true: _Stored, before: _Stored, grad: Array) -> float:
-    """The largest error over its bound without eps; infinite where a value is not finite."""
-
-    def largest_move(now: Array, then: Array) -> float:
-        return float(np.abs(now - then).max())
-
-    moved = largest_move(true.param, before.param)
-    scale = np.maximum(np.abs(true.param), max(moved, NUMBERS["lr"])) * PARAM_BOUND
-    parts = [np.abs(found.in_fp64().param - true.param) / scale]
-    for key, value in true.state.items():
-        if value.ndim == 0:  # a scalar has another eps; its bits are looked at, and what it does
-            continue
-        scale = np.maximum(np.maximum(np.abs(value), grad), grad * grad)
-        scale = np.maximum(scale, largest_move(value, before.state[key])) * STATE_BOUND
-        parts.append(np.abs(found.in_fp64().state[key] - value) / scale)
-    return max(float(np.max(np.where(np.isfinite(part), part, np.inf))) for part in parts)
-
-
-def _multiplier(grads: list[Array]) -> float:
-    """Unscale x clip, in the reduction order of the back ends."""
-    from .kernels.reduction import halving_tree
-
-    total = halving_tree([oracle.sum_of_squares(grad, UNSCALE) for grad in grads])
-    return float(multiplier_rule(float(np.sqrt(total)), UNSCALE, MAX_NORM))
-
-
-def _exact_multiplier(grads: list[Array]) -> float:
-    """The same without the rules, in fp64."""
-    flat = np.concatenate([grad.astype(np.float64) * UNSCALE for grad in grads])
-    return UNSCALE * min(MAX_NORM / (float(np.linalg.norm(flat)) + 1e-6), 1.0)
+    return Stored(_numpy(param), _numpy(grad), kept)
 
 
 def _numpy(tensor: torch.Tensor) -> Array:

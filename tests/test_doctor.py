@@ -212,11 +212,24 @@ def test_the_self_test_passes_and_misses_nothing(capsys: pytest.CaptureFixture[s
         from pyupdate import _C
 
         labels += [f"cpu/{isa}" for isa in _C.isas()]
+    keras = [row for row in found["results"] if row["backend"] == "keras"]
+    tried -= {("keras", row["rule"]) for row in keras}
     assert tried == {(label, rule) for label in labels for rule in RULES}
+    left_out = info.keras_models()["reason"]
+    if left_out is not None:
+        assert [(row["passed"], row["reason"]) for row in keras] == [(None, left_out)]
+    else:
+        assert {"adamw", "lion", "lars_momentum"} <= {row["rule"] for row in keras if row["passed"]}
 
 
 @pytest.fixture
-def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test of this process alone."""
+    monkeypatch.setattr(selftest, "keras_models", lambda: iter(()))
+
+
+@pytest.fixture
+def only_reference(without_keras: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-test of one back end."""
     monkeypatch.setattr(selftest.backends, "available", lambda: [("reference", None)])
 
@@ -251,8 +264,8 @@ def test_the_self_test_fails_by_its_bits(
 def test_the_self_test_fails_by_its_bound(
     only_reference: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = selftest._exact_multiplier
-    monkeypatch.setattr(selftest, "_exact_multiplier", lambda grads: exact(grads) * 1.01)
+    exact = selftest.truth.exact_multiplier
+    monkeypatch.setattr(selftest.truth, "exact_multiplier", lambda grads: exact(grads) * 1.01)
     assert doctor.main(["--selftest"]) == 1
     *lines, _ = failures(capsys.readouterr().out)
     assert {line.split()[1] for line in lines} == READ_GRADIENTS
@@ -261,7 +274,7 @@ def test_the_self_test_fails_by_its_bound(
 
 
 def test_the_self_test_fails_where_a_back_end_raises(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    without_keras: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no such luck")
@@ -272,7 +285,7 @@ def test_the_self_test_fails_where_a_back_end_raises(
 
 
 def test_the_self_test_fails_where_a_back_end_forgets_the_clip(
-    monkeypatch: pytest.MonkeyPatch,
+    without_keras: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stepped = selftest.Plan.step
 
@@ -283,6 +296,36 @@ def test_the_self_test_fails_where_a_back_end_forgets_the_clip(
     results = list(selftest.run())
     assert {result.rule for result in results} == set(RULES)
     assert {result.rule for result in results if result.passed} == set(RULES) - READ_GRADIENTS
+
+
+def keras_program(monkeypatch: pytest.MonkeyPatch, text: str) -> list[selftest.Result]:
+    """What the self-test makes of another program in the place of Keras's half."""
+    monkeypatch.setattr(info, "keras_models", lambda: {"runs": True, "reason": None})
+    monkeypatch.setattr(selftest, "find_spec", lambda name: name)
+    start = subprocess.run
+
+    def started(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:] == ["-m", "pyupdate.tensorflow.selftest"]
+        return start([sys.executable, "-c", text], **options)
+
+    monkeypatch.setattr(subprocess, "run", started)
+    return list(selftest.keras_models())
+
+
+def test_the_self_test_fails_where_keras_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = selftest.Result("keras", "lion", True, None, 0.5)
+    said = f"print({json.dumps(good.as_dict())!r}); exit('no such luck')"
+    assert keras_program(monkeypatch, said) == [
+        good,
+        selftest.Result("keras", "every rule", False, reason="exit 1: no such luck"),
+    ]
+
+
+def test_the_self_test_leaves_out_keras_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "keras_models", lambda: {"runs": False, "reason": "not today"})
+    (result,) = selftest.keras_models()
+    assert result.passed is None
+    assert "left out: not today" in result.line()
 
 
 @pytest.mark.parametrize(
