@@ -120,7 +120,7 @@ def stage_of_block(
     moved = None
     for k in tl.static_range(len(gives)):
         # What a rule gives of numbers alone is no block yet.
-        values = tl.broadcast_to(tl.to_tensor(results[k]).to(compute), (block,))
+        values = tl.broadcast_to(tl.core.to_tensor(results[k]).to(compute), (block,))
         if gives[k] >= PER_TENSOR:
             if inside is not None:
                 values = tl.where(inside, values, 0.0)

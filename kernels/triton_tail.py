@@ -181,7 +181,7 @@ def prepare_class(
     tl.store(to + CLASS_STEP, step)
     tl.store(to + CLASS_SIGN, tl.load(of_group))
     for k in tl.static_range(len(results)):
-        tl.store(to + results[k], tl.to_tensor(made[k]).to(tl.float64))
+        tl.store(to + results[k], tl.core.to_tensor(made[k]).to(tl.float64))
 
 
 @triton.jit
@@ -222,7 +222,7 @@ def turn_row(
         else:
             made = turn(*arguments)
         for k in tl.static_range(len(gives)):
-            value = tl.to_tensor(made[k]).to(tl.float64)
+            value = tl.core.to_tensor(made[k]).to(tl.float64)
             if gives[k] >= SCALAR:
                 store_number(tl.load(row + SCALARS + (gives[k] - SCALAR)), value, True)
             else:
