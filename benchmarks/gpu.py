@@ -14,13 +14,15 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +33,11 @@ from pyupdate import native, nvcc  # noqa: E402 - the checkout, not what is inst
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LIMIT_S = 540
 """For all of it; what does not begin before is listed as left out."""
+BENCHMARKS_S = 180
+"""Of these, what the tests leave to the benchmarks."""
+COMPILING_S = 90
+"""What torch.compile may take for a step of 161 tensors: it is left out where less is left."""
+DEVICE = "cuda"
 ROUNDS = 30
 MODELS = ("ResNet-50", "GPT-2 124M", "Llama 1B", "1,000 tiny")
 
@@ -46,24 +53,55 @@ def main() -> int:
         print(f"make gpu: SKIPPED: {reason}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"build_seconds": timed(build)}
-    result["machine"] = machine()
+    result: dict[str, Any] = {}
+    good = True
+    for part in parts(result, folder, start):
+        good &= part
+        (folder / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"make gpu: {'all that ran has held' if good else 'FAILED'}; see {folder}/gpu.json")
+    return 0 if good else 1
+
+
+def parts(result: dict[str, Any], folder: Path, start: float) -> Iterator[bool]:
+    """Fill the result part by part, so that what ends one early loses no other; whether it held."""
+
+    def left(kept: float = 0.0) -> float:
+        return LIMIT_S - kept - (time.monotonic() - start)
+
+    try:
+        result["build_seconds"] = timed(build)
+        result["machine"] = machine()
+    except Exception as error:  # whatever it is, the file must say it
+        print(f"build: FAILED ({said(error)})", flush=True)
+        result["build"] = {"failed": said(error)}
+        yield False
+        return
+    yield True
     result["steps"] = {}
-    failed = False
     for name, command in steps().items():
-        if time.monotonic() - start > LIMIT_S:
+        if left(BENCHMARKS_S) <= 0:
             result["steps"][name] = {"left out": "no time was left"}
+            yield True
             continue
-        done = execute(command, folder / f"{name}.log", LIMIT_S - (time.monotonic() - start))
-        failed = failed or done["exit"] != 0
+        done = execute(command, folder / f"{name}.log", left(BENCHMARKS_S))
         result["steps"][name] = done
-        print(f"{name}: {'passed' if done['exit'] == 0 else 'FAILED'} ({done['last']})", flush=True)
-    if time.monotonic() - start < LIMIT_S:
-        result["milliseconds"] = benchmarks(start)
-        (folder / "gpu.svg").write_text(drawn(result["milliseconds"]))
-    (folder / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"make gpu: {'FAILED' if failed else 'all that ran has held'}; see {folder}/gpu.json")
-    return 1 if failed else 0
+        held = done["exit"] == 0
+        print(f"{name}: {'passed' if held else 'FAILED'} ({done['last']})", flush=True)
+        yield held
+    result["models"] = {}
+    for name, measured in benchmarks(left):
+        result["models"][name] = measured
+        (folder / "gpu.svg").write_text(drawn(result["models"]))
+        failed = measured.get("failed", {})
+        for what, why in failed.items():
+            print(f"{name}, {what}: FAILED ({why})", flush=True)
+        yield all(what.startswith("torch") for what in failed)  # theirs is not for us to mend
+
+
+def said(error: BaseException) -> str:
+    """An error in a line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def why_not() -> str | None:
@@ -109,33 +147,46 @@ def steps() -> dict[str, list[str]]:
         "tests/test_gpu.py",
     )
     found = {"correctness": [*python, tests]}
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None and (compiler := nvcc.compiler(os.environ)):
-        beside = Path(compiler).resolve().with_name("compute-sanitizer")
-        sanitizer = str(beside) if beside.exists() else None
+    sanitizer = compute_sanitizer(os.environ)
     for tool in TOOLS if sanitizer else ():
         start = [str(sanitizer), "--tool", tool, "--error-exitcode", "9"]
         found[tool] = [*start, *python, tests, "-k", "sanitizer"]
     return found
 
 
+def compute_sanitizer(environment: Mapping[str, str]) -> str | None:
+    """Where it is: on PATH, in CUDA_HOME, beside nvcc, or where CUDA is put; None if nowhere."""
+    folders = [environment.get("PATH", "")]
+    homes = [environment[key] for key in ("CUDA_HOME", "CUDA_PATH") if environment.get(key)]
+    compiler = nvcc.compiler(environment)
+    beside = [str(Path(compiler).resolve().parent.parent)] if compiler else []
+    for home in (*homes, *beside, "/usr/local/cuda"):
+        folders += [f"{home}/bin", f"{home}/compute-sanitizer"]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
 def execute(command: list[str], log: Path, seconds: float) -> dict[str, Any]:
-    """Run a command; its exit status, its seconds and the last line that it printed."""
+    """Run a command; its exit status (124: no time was left), seconds and last line."""
     start = time.monotonic()
     with log.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
         try:
-            status = subprocess.run(
-                command,
-                cwd=ROOT,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=max(1.0, seconds),
-                check=False,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-            ).returncode
+            status = process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
             status = 124
-    lines = log.read_text().strip().splitlines()
+        finally:
+            # All that it began: a sanitizer's child would go on, and slow what is timed later.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = log.read_text(errors="replace").strip().splitlines()
     took = round(time.monotonic() - start, 1)
     return {"exit": status, "seconds": took, "last": lines[-1] if lines else ""}
 
@@ -161,39 +212,49 @@ def machine() -> dict[str, Any]:
     }
 
 
-def benchmarks(start: float) -> dict[str, Any]:
-    """A model each: the median milliseconds of a step, and the bytes that it reads and writes."""
+def benchmarks(left: Callable[..., float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The models in turn: what `of_model` finds, or why it could not."""
     import torch
     from shapes import MODELS as shapes
 
-    found: dict[str, Any] = {}
-    for name in MODELS:
+    for model in MODELS:
         for clips in (False, True):
-            if time.monotonic() - start > LIMIT_S:
-                return found
+            name = f"{model}{', clipped' if clips else ''}"
+            if left() <= 0:
+                yield name, {"left out": "no time was left"}
+                continue
             try:
-                found[f"{name}{', clipped' if clips else ''}"] = of_model(
-                    shapes[name].make(1.0), clips
-                )
+                compiles = not clips and left() > COMPILING_S
+                yield name, of_model(shapes[model].make(1.0), clips, compiles)
             except torch.cuda.OutOfMemoryError:
-                found[name] = {"left out": "the GPU has too little memory"}
+                yield name, {"left out": "the GPU has too little memory"}
+            except Exception as error:  # the models before it are kept
+                yield name, {"failed": {"the model": said(error)}}
             torch.cuda.empty_cache()
-    return found
 
 
-def of_model(shapes: list[tuple[int, ...]], clips: bool) -> dict[str, Any]:
+def of_model(shapes: list[tuple[int, ...]], clips: bool, compiles: bool) -> dict[str, Any]:
     """Times of AdamW on float32 tensors of these shapes, contestants in turns."""
     import torch
 
     import pyupdate
 
-    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+    params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param)
-    runs = contestants(params, clips)
+    runs, failed = {}, {}
+    for name, run in contestants(params, clips, compiles).items():
+        try:
+            for _ in range(5):
+                run()
+            torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # theirs may fail for reasons of theirs: the others are timed
+            failed[name] = said(error)
+        else:
+            runs[name] = run
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in list(runs.values()) * 5:
-        run()
     for turn in range(ROUNDS):
         for name, run in runs.items() if turn % 2 == 0 else reversed(runs.items()):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -212,10 +273,11 @@ def of_model(shapes: list[tuple[int, ...]], clips: bool) -> dict[str, Any]:
         "bytes of ours": moved,
         "milliseconds": {name: round(ms, 4) for name, ms in medians.items()},
         "GB/s of those bytes": {name: round(moved / ms / 1e6, 1) for name, ms in medians.items()},
+        **({"failed": failed} if failed else {}),
     }
 
 
-def contestants(params: list[Any], clips: bool) -> dict[str, Callable[[], object]]:
+def contestants(params: list[Any], clips: bool, compiles: bool) -> dict[str, Callable[[], object]]:
     """A step each: ours by its back ends, torch's ways, and fused after a norm as apex has it."""
     import torch
 
@@ -247,8 +309,8 @@ def contestants(params: list[Any], clips: bool) -> dict[str, Callable[[], object
 
     for name, way in (("fused", {"fused": True}), ("foreach", {"foreach": True})):
         runs[f"torch {name}"] = theirs(torch.optim.AdamW(params, lr=1e-3, **way).step)
-    if len(params) <= 500:  # it compiles for minutes beyond
-        lr = torch.tensor(1e-3, device="cuda")
+    if compiles and len(params) <= 500:  # it compiles for minutes beyond
+        lr = torch.tensor(1e-3, device=DEVICE)
         made = torch.optim.AdamW(params, lr=lr, foreach=True, capturable=True)
         runs["torch compiled"] = theirs(torch.compile(made.step, fullgraph=False))
     return runs
@@ -256,30 +318,32 @@ def contestants(params: list[Any], clips: bool) -> dict[str, Callable[[], object
 
 def drawn(results: dict[str, Any]) -> str:
     """Bars: the milliseconds of every contestant, model by model."""
-    rows, y, lines = 0, 30, []
+    y, lines = 30, []
     for model, found in results.items():
         times = found.get("milliseconds", {})
         if not times:
             continue
         y += 26
-        lines.append(f'<text x="10" y="{y}" font-weight="bold">{model}</text>')
+        lines.append(f'<text x="10" y="{y}" font-weight="bold">{escape(model)}</text>')
         longest = max(times.values())
         for name, ms in times.items():
             y += 18
-            rows += 1
             width = 400.0 * ms / longest
             colour = "#1f77b4" if name.startswith("pyupdate") else "#aaaaaa"
-            lines.append(f'<text x="10" y="{y}">{name}</text>')
+            rate = f"{ms:.3f} ms, {found['GB/s of those bytes'][name]:,.0f} GB/s"
+            lines.append(f'<text x="10" y="{y}">{escape(name)}</text>')
             lines.append(
                 f'<rect x="150" y="{y - 11}" width="{width:.1f}" height="13" fill="{colour}"/>'
             )
-            lines.append(f'<text x="{156 + width:.1f}" y="{y}">{ms:.3f} ms</text>')
+            lines.append(f'<text x="{156 + width:.1f}" y="{y}">{rate}</text>')
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="660" height="{y + 20}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{y + 20}" '
         'font-family="sans-serif" font-size="12">'
     )
-    title = '<text x="10" y="20" font-size="15">A step of AdamW, float32 (median)</text>'
-    return "\n".join([head, title, *lines, "</svg>"]) + "\n"
+    title = "A step of AdamW, float32: median, and the bytes of ours by it"
+    top = ['<rect width="100%" height="100%" fill="white"/>']
+    top.append(f'<text x="10" y="20" font-size="15">{title}</text>')
+    return "\n".join([head, *top, *lines, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
