@@ -159,7 +159,11 @@ class Step {
       for (int at = from; at < from + U; at += W) {
         if constexpr (W != V) forget();
 #pragma unroll
-        for (int k = 0; k < W; ++k) move_one(param, grad, state, k, at + k, lanes);
+        for (int k = 0; k < W; ++k) {
+          // Two of Adan's or LAMB's elements side by side spilled up to 28 bytes on sm_120.
+          if constexpr (kIsLarge && W < V) forget();
+          move_one(param, grad, state, k, at + k, lanes);
+        }
         param.template turn<W>();
         grad.template turn<W>();
 #pragma unroll

@@ -64,16 +64,7 @@ MULTIPROCESSORS = {
     **{90: (2048, 228), 100: (2048, 228), 120: (1536, 100)},
 }
 
-_SPILLS = "ptxas 13.0 spills up to 28 bytes rather than take more than 64 registers"
-OPEN: dict[tuple[str, str, str], tuple[tuple[int, ...], str]] = {
-    (label, storage, fault): ((120,), _SPILLS)
-    for label, storages in (
-        ("adan 0", ("bf16", "fp16", "bf16+fp32", "fp16+fp32")),
-        ("lamb 0", ("bf16", "bf16+fp32", "fp16+fp32")),
-    )
-    for storage in storages
-    for fault in ("stack", "local memory")
-}
+OPEN: dict[tuple[str, str, str], tuple[tuple[int, ...], str]] = {}
 """Faults that are known: rule and stage, storage, what is said; architectures, and the reason."""
 
 FORBIDDEN = re.compile(r"\b(?:fma|mad)\.(?:\w+\.)*b?f\d\S*|\S+\.approx\S*|\S+\.ftz\S*|div\.full\S*")
