@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -365,6 +366,40 @@ def test_a_counted_gradient_that_was_dropped_and_did_not_come_back_is_refused(ba
     with pytest.raises(RuntimeError, match="1 of accumulation_steps=2 micro-batches were counted"):
         optimizer.step()
     assert (kept.tolist(), dropped.tolist()) == ([0.0], [0.0])
+
+
+@pytest.mark.parametrize("counted", [1, 2, 3])
+@pytest.mark.parametrize("change", ["dropped", "replaced", "swapped"])
+def test_a_change_after_any_micro_batch_is_refused_and_frees_the_gradient(counted, change, backend):
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]  # the last one has no gradient
+    optimizer = pyupdate.optim.SGD(params, lr=0.25, accumulation_steps=4)
+    for _ in range(counted):
+        (params[0] + params[1]).sum().backward()
+        optimizer.step()
+    gone = weakref.ref(params[0].grad)
+    if change == "swapped":
+        params[0].grad, params[1].grad = params[1].grad, params[0].grad
+    else:
+        params[0].grad = None
+        assert gone() is None
+        if change == "replaced":  # by what may well have its id
+            params[0].grad = torch.ones(2)
+    match = f"{counted} of accumulation_steps=4 micro-batches were counted"
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert not any(param.any() for param in params)
+
+
+def test_a_gradient_that_arrives_late_in_a_window_is_counted_from_then_on(backend):
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = pyupdate.optim.SGD(params, lr=1.0, accumulation_steps=3)
+    for late in (False, True):
+        (params[0] + params[1] if late else params[0]).sum().backward()
+        optimizer.step()
+    params[1].grad = None
+    params[0].sum().backward()
+    with pytest.raises(RuntimeError, match="2 of accumulation_steps=3 micro-batches were counted"):
+        optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
