@@ -58,7 +58,8 @@ class Step {
   using Wide = pyupdate::Storage<T, T, T, T>;
   static constexpr int kStates = Stage::kElements - kFirstState;
   static constexpr bool kIsLast = kStage + 1 == Rule::Stages::size;
-  // Five roles, or sums: four of its elements of halves at once spill up to 116 bytes.
+  // Five roles, or sums: of its elements of halves four side by side spilled up to 116 bytes, and
+  // two of Adan's or LAMB's up to 28 on sm_120; so one comes after the other.
   static constexpr bool kIsLarge = Stage::kElements > 4 || Stage::kSums > 0;
   static __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
   static __device__ constexpr bool reads(int role) { return (Stage::kReads >> role & 1u) != 0; }
@@ -160,7 +161,6 @@ class Step {
         if constexpr (W != V) forget();
 #pragma unroll
         for (int k = 0; k < W; ++k) {
-          // Two of Adan's or LAMB's elements side by side spilled up to 28 bytes on sm_120.
           if constexpr (kIsLarge && W < V) forget();
           move_one(param, grad, state, k, at + k, lanes);
         }
