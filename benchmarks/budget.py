@@ -22,7 +22,7 @@ LEAST_S = 0.5
 WARM = 2.0
 """Warm-up may take as long as timing does."""
 PUBLISHING_S = 10.0
-OTHERS = {"apart": 12.0, "compiled": 120.0, "costs": 40.0, "training": 4.0}
+OTHERS = {"apart": 12.0, "compiled": 60.0, "costs": 40.0, "training": 4.0}
 """Seconds of a cell that is no step of contestants that share a process."""
 
 Record = dict[str, Any]

@@ -48,8 +48,8 @@ LATER = 8
 """So many cells after it was disturbed a cell is measured again: the others may have gone then."""
 FRESH = ("apart", "compiled", "costs")
 """Sections whose libraries do not bear others beside them, or that time what a start takes."""
-LIMIT_S = 300.0
-"""For one process: a peer that compiles for longer is no use in a table of a hundred cells."""
+LIMIT_S = 180.0
+"""For one process: a peer that compiles for longer takes a tenth of the time of all cells."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -110,7 +110,7 @@ def test_who_takes_part() -> None:
 
     torchs = {"torch loop", "torch foreach", "torch fused", "pyupdate"}
     # What compiles for minutes does not keep the others waiting.
-    compiling = names("compiled", "ResNet-50")
+    compiling = names("compiled", "GPT-2 124M")
     assert compiling >= {"torch fused", peers.COMPILED, "pyupdate"}
     assert all(peers.compiles(name) for name in compiling - {"torch fused", "pyupdate"})
     for section, dtype in (("kinds", "float32"), ("dtypes", "mixed")):
