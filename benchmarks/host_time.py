@@ -37,7 +37,8 @@ from device.triton_backend import triton_backend
 from device_on_cpu import cuda_on_cpu
 
 TENSORS = 1000
-ELEMENTS = 256  # of ours; nothing goes through them, but what has one is asked whether it is negated
+ELEMENTS = 256
+"""Of ours. Nothing goes through them; a tensor of one is asked at every step if it is negated."""
 TARGET = 10.0
 """Torch's time must be so many times ours."""
 
