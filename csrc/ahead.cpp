@@ -138,6 +138,7 @@ void bring(const Leads& leads, const Rows& rows) {
   for (size_t i = 0; i < rows.count; ++i) {
     grads[i] = follow(autograd[i], leads.grad);
     load_implementation(grads[i]);
+    if (!rows.reads_steps) continue;
     const PyObject* step = rows.states[i * rows.width + rows.step];
     load(follow(follow(follow(step, leads.implementation), leads.storage), leads.data), 0);
   }

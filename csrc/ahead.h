@@ -57,7 +57,8 @@ struct Rows {
   PyObject* dicts[kRows];   // of their state
   PyObject* const* states;  // what was found there last time, `width` a row
   size_t width;
-  size_t step;  // the column of the step counter, whose number is read
+  size_t step;       // the column of the step counter
+  bool reads_steps;  // whether its number is read: what stands on a device cannot be
 };
 
 void bring(const Leads& leads, const Rows& rows);
