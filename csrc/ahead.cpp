@@ -18,7 +18,7 @@ namespace {
 
 // What is looked through of an object of torch's; each is larger in every version from 2.10 on.
 constexpr size_t kBegin = 8;  // behind the table of virtual functions
-constexpr size_t kEndOfImplementation = 80, kEndOfStorage = 64, kEndOfAutograd = 120;
+constexpr size_t kEndOfImplementation = 80, kEndOfAutograd = 120;
 
 std::optional<size_t> find(const void* in, size_t end, const void* wanted) {
   for (size_t offset = kBegin; wanted != nullptr && offset < end; offset += sizeof(void*)) {
@@ -43,14 +43,11 @@ std::optional<Leads> look() {
   const void* of_leaf = said(leaf, "_cdata");
   const void* of_alias = said(alias, "_cdata");
   const py::object storage = plain.attr("untyped_storage")();
-  const void* data = PyLong_AsVoidPtr(py::object(plain.attr("data_ptr")()).ptr());
-
   const auto implementation =
       find(plain.ptr(), static_cast<size_t>(Py_TYPE(plain.ptr())->tp_basicsize), impl);
   const auto to_storage = find(impl, kEndOfImplementation, said(storage, "_cdata"));
   const auto object = find(impl, kEndOfImplementation, plain.ptr());
   if (!implementation || !to_storage || !object) return std::nullopt;
-  const auto to_data = find(pointer_at(impl, *to_storage), kEndOfStorage, data);
   // What only a leaf that needs a gradient has, and what a tensor has in common with its alias.
   std::optional<size_t> autograd, version;
   for (size_t at = *to_storage + sizeof(void*); at < kEndOfImplementation; at += sizeof(void*)) {
@@ -58,10 +55,10 @@ std::optional<Leads> look() {
     if (!autograd && of_plain == nullptr && pointer_at(of_leaf, at) != nullptr) autograd = at;
     if (!version && of_plain != nullptr && pointer_at(of_alias, at) == of_plain) version = at;
   }
-  if (!to_data || !autograd || !version) return std::nullopt;
+  if (!autograd || !version) return std::nullopt;
   const auto grad = find(pointer_at(of_leaf, *autograd), kEndOfAutograd, impl);
   if (!grad) return std::nullopt;
-  return Leads{*implementation, *to_storage, *autograd, *version, *object, *to_data, *grad};
+  return Leads{*implementation, *to_storage, *autograd, *version, *object, *grad};
 }
 
 // ----- loads
@@ -138,9 +135,6 @@ void bring(const Leads& leads, const Rows& rows) {
   for (size_t i = 0; i < rows.count; ++i) {
     grads[i] = follow(autograd[i], leads.grad);
     load_implementation(grads[i]);
-    if (!rows.reads_steps) continue;
-    const PyObject* step = rows.states[i * rows.width + rows.step];
-    load(follow(follow(follow(step, leads.implementation), leads.storage), leads.data), 0);
   }
   for (size_t i = 0; i < rows.count; ++i) {
     load_storage(follow(grads[i], leads.storage));

@@ -6,7 +6,8 @@
 // So some rows are gone through together, one pointer at a time: memory answers a dozen at once. By
 // loads, not by prefetch hints, of which more than half are dropped where they come in bursts
 // (measured, EPYC: 1,000 rows of AdamW after a step of torch's took 1.3 ms with hints and 0.65 ms
-// with loads). Nothing of what is loaded is used for a result.
+// with loads). Nothing of what is loaded is used for a result, and nothing of what
+// tensors hold is loaded: it may have moved to a device since, where the host cannot read.
 #pragma once
 #include <Python.h>
 #include <stddef.h>
@@ -21,7 +22,6 @@ struct Leads {
   size_t implementation;              // from the Python object
   size_t storage, autograd, version;  // from the implementation
   size_t object;                      // from there back to the Python object
-  size_t data;                        // from the storage
   size_t grad;                        // from what autograd keeps of a leaf
 };
 
@@ -57,8 +57,6 @@ struct Rows {
   PyObject* dicts[kRows];   // of their state
   PyObject* const* states;  // what was found there last time, `width` a row
   size_t width;
-  size_t step;       // the column of the step counter
-  bool reads_steps;  // whether its number is read: what stands on a device cannot be
 };
 
 void bring(const Leads& leads, const Rows& rows);

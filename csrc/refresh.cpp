@@ -234,8 +234,6 @@ void Plan::bring(size_t first, ahead::Walk* dicts) const {
   if (leads_ == nullptr) return;
   ahead::Rows rows;
   rows.width = static_cast<size_t>(columns());
-  rows.step = static_cast<size_t>(states_);
-  rows.reads_steps = !interface_.remote;
   rows.states = &held_[first * rows.width];
   for (size_t r = first; r < records_.size() && rows.count < ahead::kRows; ++r, ++rows.count) {
     rows.params[rows.count] = records_[r].param;

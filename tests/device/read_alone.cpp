@@ -33,7 +33,6 @@ extern "C" int64_t read_alone(PyObject* tensors, int64_t columns, PyObject* caps
       ahead::Rows rows;
       rows.states = states.data();
       rows.width = width;
-      rows.step = 0;
       for (Py_ssize_t next = row; next < count && rows.count < ahead::kRows; next += columns) {
         for (size_t c = 0; c < width; ++c) {
           states[rows.count * width + c] = at(next + 1 + static_cast<Py_ssize_t>(c));
