@@ -4,6 +4,7 @@
 import pytest
 import torch
 from cases import FULL
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from ways import optimizer_of, ways
 
 import pyupdate
@@ -47,3 +48,42 @@ def test_nobody_is_told_where_nobody_listens(way, backend, monkeypatch):
 
     monkeypatch.setattr(torch.autograd.profiler.record_function, "__enter__", told)
     optimizer.step()
+
+
+@ways
+@pytest.mark.parametrize("of_all", [False, True], ids=["of_one", "of_all"])
+def test_a_hook_that_a_closure_registers_is_run_behind_its_own_step(way, backend, of_all):
+    def steps_told_of(make):
+        told, handles = [], []
+        param = param_of_one()
+        optimizer = make(param)
+
+        def note(stepped, args, kwargs):
+            told.append(
+                (stepped is optimizer, args[0] is optimizer, optimizer.state[param]["step"].item())
+            )
+
+        def closure():
+            if not handles:
+                register = (
+                    register_optimizer_step_post_hook
+                    if of_all
+                    else optimizer.register_step_post_hook
+                )
+                handles.append(register(note))
+            return torch.tensor(1.0)
+
+        try:
+            optimizer.step(closure)
+            optimizer.step(closure)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return told
+
+    ours = steps_told_of(lambda param: optimizer_of(way, ADAMW, [param]))
+    assert (
+        ours
+        == steps_told_of(lambda param: ADAMW.truth([param]))
+        == [(True, True, 1.0), (True, True, 2.0)]
+    )

@@ -198,8 +198,17 @@ def hooked(make_step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(make_step)
     def wrapper(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        listens = has_hooks(optimizer) or torch._C._autograd._profiler_enabled()
-        return (told if listens else make_step)(optimizer, *args, **kwargs)
+        if has_hooks(optimizer) or torch._C._autograd._profiler_enabled():
+            return told(optimizer, *args, **kwargs)
+        done = make_step(optimizer, *args, **kwargs)
+        if has_hooks(optimizer):  # registered meanwhile, by a closure or a backward pass
+            for hooks in (
+                optimizer._optimizer_step_post_hooks,
+                torch_optimizer._global_optimizer_post_hooks,
+            ):
+                for hook in [*hooks.values()]:
+                    hook(optimizer, (optimizer, *args), kwargs)
+        return done
 
     return wrapper
 
