@@ -334,6 +334,28 @@ def test_state_that_does_not_fit_is_refused_before_anything_is_written(change, w
     assert float(optimizer.state[param]["step"]) == 1.0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"eps": None}, {"eps": (None, None)}, {"eps": 1e-3}, {"d": None}, {"d": "one"}],
+    ids=str,
+)
+def test_numbers_of_a_group_that_are_none_are_refused_before_anything_is_written(change, backend):
+    params = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    optimizer = Adafactor([{"params": [param]} for param in params])
+    for param in params:
+        param.grad = torch.ones(2, 2)
+    optimizer.step()
+    state = [{k: v.clone() for k, v in optimizer.state[param].items()} for param in params]
+    before = [param.detach().clone() for param in params]
+    optimizer.param_groups[1].update(change)
+    (key,) = change
+    with pytest.raises(ValueError, match=rf"'{key}'.* of parameter group 1 .*set them to what"):
+        optimizer.step()
+    for param, values, kept in zip(params, before, state, strict=True):
+        assert torch.equal(param, values)
+        assert all(torch.equal(optimizer.state[param][k], v) for k, v in kept.items())
+
+
 @pytest.mark.parametrize("key", ["row_var", "col_var"])
 @pytest.mark.parametrize("other", ["state", "parameter", "gradient", "itself"])
 def test_state_that_shares_memory_is_refused_before_anything_is_written(key, other, backend):

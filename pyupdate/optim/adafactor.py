@@ -134,7 +134,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 def _check(optimizer: Any, rows: Sequence[Row]) -> None:
     """Refuse groups and state that do not fit, before anything is done."""
     for index, group in enumerate(optimizer.param_groups):
-        require(group, index, ("eps", "d"))
+        _check_numbers(group, index)
     kept = engine.engine_of(optimizer)
     known = kept.known
     found = _Found(optimizer.state, rows)
@@ -144,6 +144,22 @@ def _check(optimizer: Any, rows: Sequence[Row]) -> None:
     _check_anew(optimizer, rows)
     if found.is_plain:
         kept.known.remember(found, optimizer.state, rows)
+
+
+def _check_numbers(group: Group, index: int) -> None:
+    """Refuse what the sweeps cannot read of a group; the rule's own numbers are read before."""
+    require(group, index, ("eps", "d"))
+    try:
+        eps1, eps2 = group["eps"]
+        for number in (0.0 if eps1 is None else eps1, eps2, group["d"]):
+            float(number)
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = (
+            f"'eps' and 'd' of parameter group {index} are {group['eps']!r} and {group['d']!r}, "
+            "but must be two numbers, of which the first may be None, and one: set them to what "
+            "the optimizer's constructor takes"
+        )
+        raise ValueError(message) from error
 
 
 def _check_anew(optimizer: Any, rows: Sequence[Row]) -> None:
