@@ -233,3 +233,54 @@ def test_a_group_without_what_a_composite_reads_last_is_refused_first(name, key,
     with pytest.raises(ValueError, match=f"'{key}' of parameter group 0 is missing"):
         optimizer.step()
     assert param.tolist() == [[1.0, 1.0]] * 2 and not optimizer.state
+
+
+@ways
+@pytest.mark.parametrize("which", ["parameter", "gradient", "state"])
+def test_memory_that_was_freed_is_refused_by_name(which, way, backend):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = optimizer_of(way, ADAMW, params)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    own = torch.ones(3)  # state of this size has its storage in common with others
+    optimizer.state[params[1]]["exp_avg"] = own
+    freed = {"parameter": params[1].detach(), "gradient": params[1].grad, "state": own}[which]
+    assert freed is not None
+    before = params[0].detach().clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=rf"{which}.* 'group 0, parameter 1' is without memory"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    freed.untyped_storage().resize_(12)
+    freed.fill_(1.0)
+    optimizer.step()
+    assert not torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("which", ["gradient", "state"])
+def test_a_subclass_that_no_parameter_is_of_is_refused_with_the_mend(which, backend):
+    class Named(torch.Tensor):
+        pass
+
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyupdate.optim.AdamW([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    named = torch.ones(3).as_subclass(Named)
+    if which == "gradient":
+        param.grad = named
+    else:
+        optimizer.state[param]["exp_avg"] = named
+    before = param.detach().clone()
+    if backend != "reference":
+        with pytest.raises(RuntimeError, match=r"parameter 0.*as_subclass\(torch\.Tensor"):
+            optimizer.step()
+        assert torch.equal(param, before)
+        plain = named.as_subclass(torch.Tensor)
+        if which == "gradient":
+            param.grad = plain
+        else:
+            optimizer.state[param]["exp_avg"] = plain
+    optimizer.step()
+    assert not torch.equal(param, before)

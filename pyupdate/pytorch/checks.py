@@ -186,6 +186,8 @@ def _check_kind(tensor: torch.Tensor, what: str) -> None:
         kind = "lazily negated: give it memory of its own with .resolve_neg()"
     elif tensor.device.type == "meta":
         kind = "on the meta device and has no values: give it some with to_empty() and a reset"
+    elif tensor.numel() and tensor.data_ptr() == 0:
+        kind = "without memory: its storage was freed (resize_(0)); bring it back before the step"
     if kind is not None:
         message = f"{what} is {kind}; {_ACCEPTED}"
         raise TypeError(message)
