@@ -414,8 +414,8 @@ def _step_once(
     message = (
         f"the plan of {type(optimizer).__name__} does not settle at {reason}: its gradient or "
         "state is of a class that the compiled step cannot read (a subclass of torch.Tensor that "
-        "no parameter is of): make it a plain tensor with .as_subclass(torch.Tensor), or step on the "
-        "back end 'reference'"
+        "no parameter is of): make it a plain tensor with .as_subclass(torch.Tensor), or step on "
+        "the back end 'reference'"
     )
     raise RuntimeError(message)
 
