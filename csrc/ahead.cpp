@@ -53,7 +53,9 @@ std::optional<Leads> look() {
   for (size_t at = *to_storage + sizeof(void*); at < kEndOfImplementation; at += sizeof(void*)) {
     const char* of_plain = pointer_at(impl, at);
     if (!autograd && of_plain == nullptr && pointer_at(of_leaf, at) != nullptr) autograd = at;
-    if (!version && of_plain != nullptr && pointer_at(of_alias, at) == of_plain) version = at;
+    // And with no other tensor: its number of dimensions it has in common with many.
+    const bool shared = pointer_at(of_alias, at) == of_plain && pointer_at(of_leaf, at) != of_plain;
+    if (!version && of_plain != nullptr && shared) version = at;
   }
   if (!autograd || !version) return std::nullopt;
   const auto grad = find(pointer_at(of_leaf, *autograd), kEndOfAutograd, impl);
@@ -92,7 +94,8 @@ void load_keys(PyObject* found) {
 }  // namespace
 
 // Under the GIL, which guards this static: one of C++'s own would have its second thread wait while
-// it holds the GIL. What is not found, as in inference mode, is looked for again by the next plan.
+// it holds the GIL. What is not found, as a version counter in inference mode, is looked for again
+// by the next plan.
 const Leads* leads() {
   static std::optional<Leads> found;
   if (!found) {

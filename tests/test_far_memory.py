@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan of tensors on a device never reads what they hold: the host cannot."""
+"""What a plan follows pointers to is there: not the memory of a device, nor what is no pointer."""
 
 import subprocess
 import sys
@@ -54,3 +54,33 @@ def test_a_plan_of_a_device_reads_no_number(compiled):
         [sys.executable, "-c", STEPS], capture_output=True, text=True, check=False, timeout=120
     )
     assert (done.returncode, done.stdout.split("\n")) == (0, ["READY []"] * 3 + [""]), done.stderr
+
+
+# Where torch keeps its pointers is looked for by the first plan; in inference mode there is less.
+FIRST_IN_INFERENCE_MODE = """
+import torch
+from pyupdate import optim
+
+def stepped():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.AdamW([param])
+    for _ in range(3):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    return param.tolist()
+
+with torch.inference_mode():
+    first = stepped()
+print(first == stepped(), flush=True)
+"""
+
+
+def test_the_first_plan_may_be_made_in_inference_mode(compiled):
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IN_INFERENCE_MODE],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
