@@ -56,7 +56,7 @@ def in_another_place(listed: list[torch.nn.Parameter]) -> Callable[[], None]:
 
     def move() -> None:
         for param in listed:
-            param.grad = torch.randn(1)
+            param.grad = torch.randn_like(param)
 
     return move
 
