@@ -7,6 +7,7 @@ tells the scaler what it found in the place where ``scaler.update()`` reads it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ _COUNTED = "pyupdate_counted"  # in a scaler's record of an optimizer: `count` w
 def is_enabled(scaler: GradScaler | None) -> bool:
     """Whether there is a scaler and it scales."""
     return scaler is not None and scaler.is_enabled()
+
+
+def check_closure(closure: Callable[[], Any] | None, scaler: GradScaler | None) -> None:
+    """Refuse a closure beside an enabled scaler.
+
+    Raises:
+        RuntimeError: torch's own words.
+    """
+    if closure is not None and is_enabled(scaler):
+        message = "Closure use is not currently supported if GradScaler is enabled."
+        raise RuntimeError(message)
 
 
 def check_can_step(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> None:

@@ -102,7 +102,7 @@ def test_a_loaded_checkpoint_trains_on_as_before():
     file.seek(0)
     others = [torch.nn.Parameter(param.detach().clone()) for param in params]
     loaded = torch.optim.AdamW(others, foreach=False)
-    loaded.load_state_dict(torch.load(file))
+    loaded.load_state_dict(torch.load(file, weights_only=True))
     for param, other in zip(params, others, strict=True):
         param.grad = torch.ones_like(param)
         other.grad = torch.ones_like(other)

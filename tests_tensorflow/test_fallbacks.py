@@ -12,7 +12,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 import keras
-from training import Known, apart, give, ways
+from training import Known, Spelled, apart, give, ways
 
 import pyupdate
 
@@ -72,17 +72,6 @@ def test_variables_on_several_devices(way: str, caplog: pytest.LogCaptureFixture
 
 @pytest.mark.parametrize("way", ["eager", "function"])
 def test_an_optimizer_that_keeps_a_string(way: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Spelled(keras.optimizers.SGD):
-        """Writes down what it has done."""
-
-        def __init__(self, rate: float) -> None:
-            super().__init__(rate)
-            self.written = tf.Variable("", trainable=False)
-
-        def update_step(self, grad: Any, variable: Any, rate: Any) -> None:
-            super().update_step(grad, variable, rate)
-            self.written.assign(tf.strings.join([self.written, "."]))
-
     model = pyupdate.build(Known(VALUES), Spelled(0.5))
     check_sgd(model, ways(lambda model, *grads: give(model, *grads))[way])
     assert model.current_optimizer.written.numpy() == b"." * 6

@@ -55,6 +55,18 @@ class Known(keras.Model):
         return tf.add_n(parts)
 
 
+class Spelled(keras.optimizers.SGD):
+    """Writes down a dot for every variable that it steps, as a string, which XLA does not."""
+
+    def __init__(self, rate: Any) -> None:
+        super().__init__(rate)
+        self.written = tf.Variable("", trainable=False)
+
+    def update_step(self, grad: Any, variable: Any, rate: Any) -> None:
+        super().update_step(grad, variable, rate)
+        self.written.assign(tf.strings.join([self.written, "."]))
+
+
 def losses(model: Any, x: Any = DATA) -> Any:
     """A loss of shape (8, 2), whose mean is differentiated."""
     return (model(x) - 1.0) ** 2

@@ -15,6 +15,7 @@ from ..kernels.language import Rule
 from ..options import PARAMETERS, LastUpdate, Options
 from ..pytorch import accumulation, state
 from ..pytorch import step as engine
+from ..pytorch.hooks import hooked
 from ..pytorch.rows import Group, OptimizerRow, Row
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Planned(Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined] # torch would run the hooks of every micro-batch
 
-    @engine.hooked
+    @hooked
     def _whole_step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -182,7 +183,7 @@ class Planned(Optimizer):
 
     def _differentiable_step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         self._check_differentiable()
-        engine.check_closure(closure, scaler)
+        amp.check_closure(closure, scaler)
         found = amp.unscale(scaler, self)
         loss = None if found else _stock_step(self)(self, closure)
         amp.tell(scaler, self, LastUpdate(None, skipped=found, multiplier=1.0))

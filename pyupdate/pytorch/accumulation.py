@@ -294,7 +294,7 @@ def micro_step(
     found: Gradients | None = window.check_kept()
     before = window.position
     if before + 1 < window.length:
-        step.check_closure(closure, scaler)
+        amp.check_closure(closure, scaler)
         loss = None
         if closure is not None:
             found = None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from .. import amp
 from ..backends import choice
 from ..backends import cpu as cpu_backend
 from ..options import LastUpdate, Options
 from .checks import check_capturable
+from .hooks import has_hooks, hooked
 from .plan import Plan
 from .request import NormNotFinite, Scaling
 from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of
@@ -149,17 +148,6 @@ _JOINABLE = frozenset({"max_norm", "norm_type", "clip_value", "skip_nonfinite", 
 """The options that a region of several optimizers' steps knows for each."""
 
 
-def check_closure(closure: Closure | None, grad_scaler: GradScaler | None) -> None:
-    """Refuse a closure beside an enabled scaler.
-
-    Raises:
-        RuntimeError: torch's own words.
-    """
-    if closure is not None and amp.is_enabled(grad_scaler):
-        message = "Closure use is not currently supported if GradScaler is enabled."
-        raise RuntimeError(message)
-
-
 def _planned_step(
     optimizer: Optimizer,
     closure: Closure | None = None,
@@ -167,7 +155,7 @@ def _planned_step(
     grad_scaler: GradScaler | None = None,
     only: Collection[torch.Tensor] | None = None,
 ) -> Any:
-    check_closure(closure, grad_scaler)
+    amp.check_closure(closure, grad_scaler)
     loss = None
     if closure is not None:
         with torch.enable_grad():
@@ -186,41 +174,6 @@ def _planned_step(
     amp.tell(grad_scaler, optimizer, engine.last)
     _mark_stepped(optimizer)
     return loss
-
-
-def hooked(make_step: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch makes of a step: its hooks are run, and a profiler is told.
-
-    Where nobody listens, which is what training runs in, torch's wrapper is left out: behind a
-    forward and backward pass it takes 0.2 ms to say to nobody that a step begins and ends.
-    """
-    told = Optimizer.profile_hook_step(make_step)
-
-    @functools.wraps(make_step)
-    def wrapper(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if has_hooks(optimizer) or torch._C._autograd._profiler_enabled():
-            return told(optimizer, *args, **kwargs)
-        done = make_step(optimizer, *args, **kwargs)
-        if has_hooks(optimizer):  # registered meanwhile, by a closure or a backward pass
-            for hooks in (
-                optimizer._optimizer_step_post_hooks,
-                torch_optimizer._global_optimizer_post_hooks,
-            ):
-                for hook in [*hooks.values()]:
-                    hook(optimizer, (optimizer, *args), kwargs)
-        return done
-
-    return wrapper
-
-
-def has_hooks(optimizer: Optimizer) -> bool:
-    """Whether somebody is called before or after its steps."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
-    )
 
 
 step = hooked(_planned_step)
