@@ -150,7 +150,7 @@ class Planned(Optimizer):
         Args:
             state_dict: what ``state_dict()`` returned.
         """
-        before = accumulation.positions_of(self)
+        before = accumulation.counts_of(self)
         with state.kept_on_load(self, engine.options_of(self).state_dtype):
             super().load_state_dict(state_dict)
         accumulation.check_loaded(self, before)

@@ -8,9 +8,6 @@ number in its one multiplier. Between two steps nothing of the optimizer is writ
 
 from __future__ import annotations
 
-import itertools
-import operator
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +17,7 @@ import torch
 from pyupdate import amp
 
 from . import step
+from .counted import Changes, Counted, Gradients
 
 POSITION = "accumulated"
 """In each group of an open window: the micro-batches that are in its parameters' `.grad`."""
@@ -73,144 +71,107 @@ class Window:
         )
         raise ValueError(message)
 
-    def count(self, scaler: torch.amp.GradScaler | None, found: Gradients | None = None) -> None:
+    def count(
+        self, scaler: torch.amp.GradScaler | None, found: Sequence[Gradients] | None = None
+    ) -> None:
         """Make no step yet.
 
         Args:
             scaler: that of the gradients.
             found: the gradients, where they were just read.
         """
-        engine = step.engine_of(self._optimizer)
-        step.check_not_swapped(engine)
+        step.check_not_swapped(step.engine_of(self._optimizer))
         amp.count(scaler, self._optimizer)
-        engine.counted = Counted(found or Gradients(self._optimizer), engine.counted)
+        self.note(found)
 
-    def check_kept(self) -> Gradients:
-        """Refuse gradients that hold fewer micro-batches than were counted; the window is given up.
+    def note(self, found: Sequence[Gradients] | None = None) -> None:
+        """Remember which gradients the micro-batches are in.
+
+        Args:
+            found: the gradients, where they were just read.
+        """
+        engine = step.engine_of(self._optimizer)
+        listed = {id(group) for group in self._optimizer.param_groups}
+        before = engine.counted
+        engine.counted = {key: counted for key, counted in before.items() if key in listed}
+        for group, grads in zip(self._groups, found or self._gradients(), strict=True):
+            engine.counted[id(group)] = Counted(grads, before.get(id(group)))
+
+    def _gradients(self) -> list[Gradients]:
+        return [Gradients(group) for group in self._groups]
+
+    def check_kept(self, *, gives_up: bool) -> list[Gradients]:
+        """Refuse gradients that hold fewer micro-batches than were counted.
+
+        Args:
+            gives_up: whether the window ends there, so that ``optimizer.zero_grad()`` drops what is
+                left; else everything stays as it was, and is refused again.
 
         Returns:
             What it has read.
 
         Raises:
             RuntimeError: a gradient that was counted is gone, or another tensor.
+            ValueError: a parameter was put into a group since.
         """
         counted = step.engine_of(self._optimizer).counted
-        found = Gradients(self._optimizer)
-        if self.position == 0 or counted is None or counted.are_kept(found):
+        found = self._gradients()
+        changes = Changes()
+        for group, grads in zip(self._groups, found, strict=True):
+            if group.get(POSITION, 0) and id(group) in counted:
+                counted[id(group)].compare(grads, changes)
+        replaced = [] if changes.differentiable else changes.replaced
+        if not (changes.new or changes.gone or replaced):
             return found
-        count, self.position = self.position, 0
+        begun = f"{self.position} of accumulation_steps={self.length} micro-batches were counted"
+        if gives_up:
+            self.position = 0
+            mend = "The window was given up: drop its gradients with zero_grad() and begin anew"
+        else:
+            mend = "Drop the window's gradients with model.zero_grad() and begin it anew"
+        if changes.new:
+            message = (
+                f"{begun} when parameter {self._name(changes.new[0])} was not in its group yet: "
+                "its gradient would be divided by micro-batches that it does not hold. Change "
+                f"which parameters a group has between windows. {mend}"
+            )
+            raise ValueError(message)
+        lost, how = (changes.gone, "gone") if changes.gone else (replaced, "another tensor by now")
         message = (
-            f"{count} of accumulation_steps={self.length} micro-batches were counted, but their "
-            "gradients are not in .grad any more: inside a window call optimizer.zero_grad(), "
-            "which keeps them, not model.zero_grad(), and add to .grad in place. The window was "
-            "given up: drop its gradients with zero_grad() and begin anew"
+            f"{begun}, but the gradient of {self._name(lost[0])} is {how}: inside a window call "
+            "optimizer.zero_grad(), which keeps them, not model.zero_grad(), and add to .grad in "
+            f"place. {mend}"
         )
         raise RuntimeError(message)
 
+    def _name(self, param: torch.Tensor) -> str:
+        name = step.engine_of(self._optimizer).names.get(id(param))
+        if name is not None:
+            return f"'{name}'"
+        return next(
+            f"'group {g}, parameter {p}'"
+            for g, group in enumerate(self._optimizer.param_groups)
+            for p, other in enumerate(group["params"])
+            if other is param
+        )
+
     @contextmanager
-    def mean(self) -> Iterator[None]:
+    def mean(self, count: int | None = None) -> Iterator[None]:
         """Inside, a step is made on the mean of the window's micro-batches; afterwards it is empty.
 
         After an exception it is as it was.
+
+        Args:
+            count: how many they are, with one that `position` has not counted yet.
         """
         engine = step.engine_of(self._optimizer)
-        engine.micro_batches = max(1, self.position)
+        engine.micro_batches = max(1, self.position if count is None else count)
         try:
             yield
         finally:
             engine.micro_batches = 1
         self.position = 0
-        engine.counted = Counted(Gradients(self._optimizer), engine.counted)
-
-
-class Gradients:
-    """The parameters of an optimizer and what is in their `.grad`; it keeps both alive."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.params = [param for group in optimizer.param_groups for param in group["params"]]
-        self.grads = [param.grad for param in self.params]
-        self.same: Counted | None = None
-        """What was found to be of these; it stays so while this keeps them alive."""
-
-    def missing(self) -> int:
-        """How many parameters have no gradient."""
-        return sum(map(operator.is_, self.grads, itertools.repeat(None)))
-
-
-class Counted:
-    """The gradients that an optimizer has counted or stepped last, without keeping them alive.
-
-    Weak references that still hold are taken over from the micro-batch before: of 1,000 tensors
-    making them and asking each for its kind took 0.5 ms, comparing takes 0.1. Ids will not do for
-    gradients: what takes the place of one that was dropped may have its id.
-    """
-
-    def __init__(self, found: Gradients, before: Counted | None) -> None:
-        self._params: list[weakref.ref[torch.Tensor]]
-        self._ids: list[int]
-        self._grads: list[Callable[[], torch.Tensor | None]]
-        self._missing: int
-        if before is not None and before._is_of(found):
-            self._params, self._ids, self._grads = before._params, before._ids, before._grads
-            self._missing = before._missing
-        else:
-            self._params = [weakref.ref(param) for param in found.params]
-            self._ids = [id(param) for param in found.params]
-            self._grads = [_reference(grad) for grad in found.grads]
-            self._missing = found.missing()
-        self._versions = [
-            -1 if grad is None or reference is _nothing else grad._version
-            for grad, reference in zip(found.grads, self._grads, strict=True)
-        ]
-
-    def _is_of(self, found: Gradients) -> bool:
-        """Whether these are the same gradients of the same parameters, in place."""
-        if found.same is self:
-            return True
-        # None is what a reference to a dropped gradient gives, too.
-        if self._ids != [*map(id, found.params)] or self._missing != found.missing():
-            return False
-        if all(map(operator.is_, found.grads, [grad() for grad in self._grads])):
-            found.same = self
-        return found.same is self
-
-    def are_kept(self, found: Gradients) -> bool:
-        """Whether all are in `.grad`, where a backward pass adds to them in place.
-
-        Autograd puts new tensors there where the sums can be differentiated themselves
-        (``create_graph=True``), or where one was sparse.
-
-        Args:
-            found: what the optimizer has now.
-        """
-        if self._is_of(found):
-            return True
-        moved = differentiable = False
-        for param, grad in zip(self._params, self._grads, strict=True):
-            if grad is _nothing:
-                continue
-            its = param()
-            now = None if its is None else its.grad
-            if now is None:
-                return False
-            differentiable = differentiable or now.grad_fn is not None
-            moved = moved or (now is not grad() and not now.is_sparse)
-        return differentiable or not moved
-
-    def are_all(self, params: Sequence[torch.Tensor]) -> bool:
-        """Whether the gradients of these parameters are these, unchanged."""
-        pairs = zip(self._grads, self._versions, strict=True)
-        known = {id(grad()): version for grad, version in pairs if grad is not _nothing}
-        grads = [param.grad for param in params if param.grad is not None]
-        return all(known.get(id(grad)) == grad._version for grad in grads)
-
-
-def _nothing() -> None:
-    """In the place of a reference: no gradient, or one that has no version to tell it by."""
-
-
-def _reference(grad: torch.Tensor | None) -> Callable[[], torch.Tensor | None]:
-    return _nothing if grad is None or grad.is_inference() else weakref.ref(grad)
+        self.note()
 
 
 def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> Window | None:
@@ -237,12 +198,13 @@ def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> W
     return Window(optimizer, touched)
 
 
-def positions_of(optimizer: Any) -> list[int]:
-    """How many micro-batches each group has counted."""
-    return [group.get(POSITION, 0) for group in optimizer.param_groups]
+def counts_of(optimizer: Any) -> list[tuple[int, Counted | None]]:
+    """Of each group: how many micro-batches it has counted, and the gradients that they are in."""
+    counted = step.engine_of(optimizer).counted
+    return [(group.get(POSITION, 0), counted.get(id(group))) for group in optimizer.param_groups]
 
 
-def check_loaded(optimizer: Any, before: Sequence[int]) -> None:
+def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -> None:
     """Count, after a state dict was loaded, what is in the gradients, which loading leaves alone.
 
     Gradients that are as this optimizer left them are what it has counted itself, so its own count
@@ -250,19 +212,18 @@ def check_loaded(optimizer: Any, before: Sequence[int]) -> None:
 
     Args:
         optimizer: which has loaded.
-        before: its `positions_of` before.
+        before: its `counts_of` before.
     """
     engine = step.engine_of(optimizer)
     windows = step.options_of(optimizer).accumulation_steps > 1
-    own = engine.counted
-    for group, position in zip(optimizer.param_groups, before, strict=True):
+    for group, (position, own) in zip(optimizer.param_groups, before, strict=True):
         if not windows or all(param.grad is None for param in group["params"]):
             group.pop(POSITION, None)
         elif own is not None and own.are_all(group["params"]):
             group.pop(POSITION, None)
             if position:
                 group[POSITION] = position
-    engine.counted = None
+    engine.counted = {}
 
 
 def check_new_group(optimizer: Any) -> None:
@@ -291,26 +252,33 @@ def micro_step(
     engine = step.engine_of(optimizer)
     enabled = scaler if amp.is_enabled(scaler) else None
     window.check_scale(enabled)
-    found: Gradients | None = window.check_kept()
+    found: list[Gradients] | None = window.check_kept(gives_up=True)
     before = window.position
     if before + 1 < window.length:
         amp.check_closure(closure, scaler)
         loss = None
         if closure is not None:
-            found = None
             with torch.enable_grad():
                 loss = closure()
+            found = window.check_kept(gives_up=True)
         window.count(enabled, found)
         window.position = before + 1
         if "step" in optimizer.__dict__ and engine.last is None:
             optimizer._opt_called = False  # a scheduler warns until there was a real step
         return loss
     found = None  # which would keep them alive
+    evaluate = None if closure is None else _kept_through(closure, window)
     given = {} if scaler is None else {"grad_scaler": scaler}
-    window.position = before + 1
-    try:
-        with window.mean():
-            return whole(optimizer, *(() if closure is None else (closure,)), **given)
-    except BaseException:
-        window.position = before
-        raise
+    with window.mean(before + 1):
+        return whole(optimizer, *(() if evaluate is None else (evaluate,)), **given)
+
+
+def _kept_through(closure: Callable[[], Any], window: Window) -> Callable[[], Any]:
+    """A closure after which the gradients of the micro-batches before it must still be there."""
+
+    def evaluate() -> Any:
+        loss = closure()
+        window.check_kept(gives_up=True)
+        return loss
+
+    return evaluate

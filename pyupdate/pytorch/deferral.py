@@ -52,7 +52,8 @@ class DeferredUpdate(Waiting):
 
         Raises:
             ValueError: no optimizer is attached any more, or the scaler's scale has changed.
-            RuntimeError: the scaler's own. After any failure the update still waits.
+            RuntimeError: the scaler's own; gradients of a window of ``accumulation_steps`` are gone
+                or other tensors. After any failure the update still waits.
         """
         due = _due(self.model)
         if due is not None:
@@ -94,7 +95,7 @@ def _due(model: nn.Module) -> _Due | None:
     """The step of a model that waits, None where none does.
 
     Raises:
-        ValueError: it may not be made.
+        ValueError, RuntimeError: it may not be made.
     """
     params = gradients.trainable(model)
     if not is_pending(model, params):
@@ -106,6 +107,9 @@ def _due(model: nn.Module) -> _Due | None:
     optimizer = apply.optimizer_of(model, name)
     apply.check_holds(name, optimizer, params)
     window = accumulation.window_of(optimizer, params)
+    if window is not None:
+        apply.ensure_named(model, optimizer, params)
+        window.check_kept(gives_up=False)
     if window is not None and not window.is_full:  # its gradients wait for more of them
         window.count(scaler)
         _pending.pop(model)
@@ -120,7 +124,7 @@ def _leading(updates: Sequence[DeferredUpdate]) -> tuple[int, list[_Due]]:
     for count, update in enumerate(updates):
         try:
             one = _due(update.model)
-        except (TypeError, ValueError):  # it is told so in its turn
+        except (TypeError, ValueError, RuntimeError):  # it is told so in its turn
             return max(count, 1), due
         if one is None:
             continue

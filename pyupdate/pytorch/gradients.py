@@ -90,11 +90,6 @@ def set_aside(params: Sequence[Tensor]) -> Aside:
     return Aside(grads, [g.clone() if g is not None and g._is_view() else g for g in grads])
 
 
-def any_of(aside: Aside) -> bool:
-    """Whether there was any gradient."""
-    return not _all_none(aside.grads)
-
-
 def _all_none(values: Iterable[object]) -> bool:
     return all(map(operator.is_, values, itertools.repeat(None)))
 

@@ -49,8 +49,8 @@ class Engine:
     """Of how many the next step takes the mean."""
     window_scale: Any = ...
     """The scale of an open window's gradients, None without a scaler; ... where nobody knows."""
-    counted: Any = None
-    """The gradients of its last micro-batch (`accumulation.Counted`), None where nobody knows."""
+    counted: dict[int, Any] = field(default_factory=dict)
+    """By the id of a group: the gradients of its last micro-batch (`counted.Counted`), if known."""
     known: Any = None
     """Of an optimizer with memory that no plan sees: what its `check` keeps, and its `finish`."""
     swapped: bool = False

@@ -53,12 +53,15 @@ def update(
         return
 
     window = accumulation.window_of(optimizer, params)
-    aside = gradients.set_aside(params)
     before = 0
     if window is not None:
-        if not gradients.any_of(aside):  # somebody's zero_grad() has withdrawn the window
+        if all(param.grad is None for param in params):  # zero_grad() has withdrawn the window
             window.position = 0
+        else:
+            apply.ensure_named(model, optimizer, params)
+            window.check_kept(gives_up=False)
         before = window.position
+    aside = gradients.set_aside(params)
     try:
         if window is not None:
             window.check_scale(scaler)
@@ -69,7 +72,9 @@ def update(
             reentrant.check_unreached(model, name, loss, params, unreached)
         if window is not None:
             window.position = before + 1
-            if not window.is_full and not defer:
+            if defer:
+                window.note()
+            elif not window.is_full:
                 window.count(scaler)
         waits = defer or (window is not None and not window.is_full)
         if not waits:
