@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 import keras
+from rule_run import NUMBERS
 from training import Known, Spelled, apart, give, ways
 
 import pyupdate
+import pyupdate.keras_optim
+from pyupdate.tensorflow import update as keras_update
 
 VALUES = [np.float32([1.0, -2.0, 3.0]), np.float32([0.5, 0.25])]
 GRADS = [
@@ -77,3 +80,115 @@ def test_an_optimizer_that_keeps_a_string(way: str, caplog: pytest.LogCaptureFix
     assert model.current_optimizer.written.numpy() == b"." * 6
     (line,) = said(caplog)
     assert line.startswith("Spelled ")
+
+
+class Altered(keras.optimizers.SGD):
+    """Steps by what a function makes of a gradient, in operations of the test's choice."""
+
+    def __init__(self, alter: Callable[[Any], Any]) -> None:
+        super().__init__(0.5)
+        self.alter = alter
+
+    def update_step(self, grad: Any, variable: Any, rate: Any) -> None:
+        super().update_step(tf.ensure_shape(self.alter(grad), grad.shape), variable, rate)
+
+
+def printed(grad: Any) -> Any:
+    tf.print("", output_stream="file:///dev/null")
+    return grad
+
+
+def found_by_size(grad: Any) -> Any:
+    """Of a size that is known when the gradient is: XLA must know shapes before."""
+    whole = tf.cast(tf.reduce_sum(grad * 0.0), tf.int32) + 1
+    return tf.tile(grad, [whole])
+
+
+REFUSED = {
+    "EagerPyFunc": lambda grad: tf.py_function(lambda given: given, [grad], tf.float32),
+    "PyFunc": lambda grad: tf.numpy_function(lambda given: given, [grad], tf.float32),
+    "AsString": lambda grad: tf.strings.to_number(tf.strings.as_string(grad, precision=9)),
+    "PrintV2": printed,
+    "Timestamp": lambda grad: grad + 0.0 * tf.cast(tf.timestamp(), tf.float32),
+    "compile-time constant": found_by_size,
+}
+"""What XLA does not compile, each by the word that the log has for it."""
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("why", REFUSED)
+@pytest.mark.parametrize("way", ["eager", "function"])
+def test_operations_that_xla_does_not_have(
+    way: str, why: str, scales: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = Altered(REFUSED[why])
+    model = Known(VALUES)
+    model.current_optimizer = (
+        keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0) if scales else optimizer
+    )
+    check_sgd(model, ways(lambda model, *grads: give(model, *grads))[way])
+    (line,) = said(caplog)
+    assert line.startswith("Altered ") and why in line
+    assert keras_update.path_of(model).startswith("TensorFlow without XLA: ")
+    assert int(optimizer.iterations) == 3
+
+
+@pytest.mark.parametrize("way", ["eager", "function", "jit"])
+def test_operations_that_only_look_as_if_xla_had_them_not(
+    way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sorted_twice(grad: Any) -> Any:
+        order = tf.argsort(grad)
+        return tf.gather(tf.gather(grad, order), tf.argsort(order))
+
+    tf.random.set_seed(1)
+    drawn = tf.random.normal([])
+    tf.random.set_seed(1)
+    model = pyupdate.build(Known(VALUES), Altered(sorted_twice))
+    check_sgd(model, ways(lambda model, *grads: give(model, *grads))[way])
+    assert not said(caplog)
+    assert keras_update.path_of(model) == "XLA"
+    assert tf.random.normal([]) == drawn  # asking XLA moves no generator of the user's
+
+
+def test_a_compiled_function_of_the_user_s_own_fails_as_tensorflow_has_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = pyupdate.build(Known(VALUES), Altered(REFUSED["AsString"]))
+    step = tf.function(lambda *grads: give(model, *grads), jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="AsString"):
+        step(*map(tf.constant, GRADS[0]))
+    assert len(said(caplog)) == 1
+    assert [v.numpy().tolist() for v in model.held] == [value.tolist() for value in VALUES]
+    check_sgd(model)  # called eagerly, it steps
+
+
+def test_what_keras_and_the_rules_have_is_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking takes as long as a trace."""
+
+    def asked(*_: Any) -> str:
+        raise AssertionError
+
+    monkeypatch.setattr("pyupdate.tensorflow.xla.asked", asked)
+    schedules = keras.optimizers.schedules
+    kinds = [kind for kind in vars(keras.optimizers).values() if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if issubclass(kind, keras.optimizers.Optimizer)]
+    around = ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+    known = [kind() for kind in kinds if kind.__name__ not in around]
+    assert len(known) >= 14
+    known += [
+        keras.optimizers.Adam(amsgrad=True, weight_decay=0.5, clipvalue=1.0),
+        keras.optimizers.Adam(use_ema=True, ema_overwrite_frequency=3),
+        keras.optimizers.Adam(gradient_accumulation_steps=2, global_clipnorm=1.0),
+        keras.optimizers.Adam(gradient_accumulation_steps=2, clipnorm=1.0),
+        keras.optimizers.Adam(schedules.ExponentialDecay(0.1, 10, 0.9, staircase=True)),
+        keras.optimizers.Adam(schedules.CosineDecay(0.1, 10, warmup_target=0.2, warmup_steps=3)),
+        keras.optimizers.Adam(schedules.CosineDecayRestarts(0.1, 10)),
+        keras.optimizers.Adam(schedules.PolynomialDecay(0.1, 10, cycle=True)),
+        keras.optimizers.Adam(schedules.PiecewiseConstantDecay([1, 2], [0.1, 0.2, 0.3])),
+        pyupdate.keras_optim.from_rule("adamw", **NUMBERS["adamw"]),
+    ]
+    for optimizer in known:
+        model = pyupdate.build(Known([np.ones((3, 4), np.float32), VALUES[0]]), optimizer)
+        give(model, np.ones((3, 4), np.float32), GRADS[0][0])
+        assert keras_update.path_of(model) == "XLA", optimizer.name

@@ -25,15 +25,12 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import loss_scale, measure, native, optimizers
+from . import loss_scale, measure, native, optimizers, xla
 from .halves import Halves
 from .state import State
 
 _log = logging.getLogger("pyupdate")
 
-NOT_IN_XLA = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless", "Print", "PrintV2"})
-"""Operations that only TensorFlow runs. Found in the graph, as a user's function that calls ours
-fails where we cannot catch it."""
 REFUSALS = ("unsupported operations", "Trying to access resource", "XLA", "compile-time constant")
 """What XLA says when it refuses, before anything was written."""
 
@@ -75,6 +72,7 @@ class Plan:
         self.in_parts = self.measures and not self.accumulates and _on_cpu(variables)
         self._traced: dict[str, Traced] = {}
         self._said: list[str] = []
+        self._inner_refused = ""
         self.compiled = self._can_compile()
         simple = not halves.pairs and options.ema_decay is None
         self._native = native.kernels_of(optimizer, variables) if simple else None
@@ -156,9 +154,8 @@ class Plan:
             return make()
 
     def _refused(self, found: Traced) -> str:
-        """Why XLA does not run a trace, as far as it shows; empty where nothing does."""
-        operation = _not_in_xla(found.graph)
-        return f"XLA does not run {operation}" if operation else ""
+        """Why XLA does not run a trace or the step in it; empty where it does."""
+        return found.refused or self._inner_refused
 
     def _give_up_xla(self, why: str) -> None:
         self.leave_xla()
@@ -168,6 +165,7 @@ class Plan:
         """Run as plain TensorFlow from now on."""
         if self.compiled:
             self.compiled = False
+            self._inner_refused = ""
             self._traced.clear()
 
     @property
@@ -290,9 +288,11 @@ class Plan:
             several = list(given)
             self._apply(several[: len(grads)], None if multiplier is None else several[-1])
 
-        if self._jits:
-            run: Callable[..., None] = tf.function(inner, jit_compile=True, autograph=False)
-            run(*arguments)
+        if self._jits and not tf.config.functions_run_eagerly():
+            specs = [tf.TensorSpec(given.shape, given.dtype) for given in arguments]
+            run = self._made(lambda: Traced(inner, specs, jit=True))
+            self._inner_refused = run.refused
+            run(arguments)
         else:
             inner(*arguments)
 
@@ -334,6 +334,9 @@ class Plan:
 class Traced:
     """A function, traced once for these inputs.
 
+    Attributes:
+        refused: why XLA does not take it; empty where it does, or is not to compile it.
+
     With 300 variables the public call takes 14 ms and this 10: it packs no arguments.
     """
 
@@ -341,6 +344,7 @@ class Traced:
         made = tf.function(text, jit_compile=jit or None, autograph=False)
         self._concrete = made.get_concrete_function(*specs)
         self.captured = list(self._concrete.captured_inputs)
+        self.refused = xla.refused(made, list(specs), self._concrete) if jit else ""
 
     def __call__(self, inputs: list[Any]) -> Any:
         """Call it, or have it called where somebody traces."""
@@ -348,26 +352,6 @@ class Traced:
             return self._concrete._call_flat(inputs, self.captured)
         return self._concrete(*inputs)
 
-    @property
-    def graph(self) -> Any:
-        """What was traced."""
-        return self._concrete.graph
-
 
 def _on_cpu(variables: Sequence[Any]) -> bool:
     return all("CPU" in variable.device for variable in variables)
-
-
-def _not_in_xla(graph: Any) -> str:
-    """The first operation of a graph, or of a function that it calls, that XLA does not run."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node]
-    for function in definition.library.function:
-        nodes += function.node_def
-    for node in nodes:
-        if node.op in NOT_IN_XLA:
-            return str(node.op)
-        variable = node.op in ("ReadVariableOp", "AssignVariableOp")
-        if variable and node.attr["dtype"].type == tf.string.as_datatype_enum:
-            return f"{node.op} of strings"
-    return ""
