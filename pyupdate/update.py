@@ -72,8 +72,8 @@ def update_model(
             `retain_graph`, `scaler` or `defer` with a model that was built with ``in_backward``.
         RuntimeError: weights that this loss needs were updated before it was differentiated (defer
             the earlier update); a gradient that ``accumulation_steps`` has counted was dropped or
-            replaced (``model.zero_grad()`` drops the rest). Torch's own: a graph used twice, an optimizer stepped or unscaled
-            since the last ``scaler.update()``.
+            replaced (``model.zero_grad()`` drops the rest). Torch's own: a graph used twice, an
+            optimizer stepped or unscaled since the last ``scaler.update()``.
         TypeError: a parameter or gradient that cannot be stepped, named.
 
     Example:
