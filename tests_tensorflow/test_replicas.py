@@ -7,7 +7,7 @@ import gc
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,62 +16,13 @@ import pytest
 tf = pytest.importorskip("tensorflow", reason="tensorflow is not installed: pyupdate[tensorflow]")
 
 import keras
+from replicated import first, held, made, repeated, run
 from training import AdamByHand, Known, Spelled, apart
 
 import pyupdate
 from pyupdate.tensorflow import update as keras_update
 
 BETAS = 0.875, 0.9375  # exact in fp32
-
-
-def run(strategy: Any, model: Any, per_replica: Any, graph: bool) -> None:
-    """One update on every replica, by gradients of its own."""
-
-    def each() -> None:
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        grads = [tf.gather(tf.constant(np.float32(g)), replica) for g in per_replica]
-        with tf.GradientTape() as tape:
-            loss = model(grads)
-            pyupdate.update_model(model, loss, tape=tape)
-
-    def step() -> None:
-        strategy.run(each)
-
-    (tf.function(step) if graph else step)()
-
-
-def held(strategy: Any, model: Any) -> list[list[Any]]:
-    """Every replica's values of every variable."""
-    return [
-        [local.numpy() for local in strategy.experimental_local_results(v.value)]
-        for v in model.held
-    ]
-
-
-def first(strategy: Any, variable: Any) -> float:
-    """The first replica's value of one of the optimizer's variables."""
-    return float(strategy.experimental_local_results(variable.value)[0])
-
-
-def made(strategy: Any, values: Any, optimizer: Any, **options: Any) -> Any:
-    with strategy.scope():
-        return pyupdate.build(Known(values), optimizer, **options)
-
-
-def repeated(strategy: Any, model: Any, graph: bool) -> Callable[[Any], None]:
-    """Updates by gradients that are given, one array of both replicas' for each variable."""
-
-    def each(grads: Any) -> None:
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        with tf.GradientTape() as tape:
-            loss = model([tf.gather(grad, replica) for grad in grads])
-        pyupdate.update_model(model, loss, tape=tape)
-
-    def step(grads: Any) -> None:
-        strategy.run(each, args=(grads,))
-
-    called = tf.function(step) if graph else step
-    return lambda grads: called([tf.constant(np.float32(g)) for g in grads])
 
 
 def compiled_parts(optimizer: Any) -> list[Any]:
@@ -321,9 +272,3 @@ def test_clipping_comes_after_the_all_reduce(strategy: Any, option: str) -> None
     run(strategy, model, [[[6.0, 0.0], [0.0, 8.0]]], graph=True)
     true = np.float64([0.0, 2.0]) - np.float64([3.0, 4.0]) / 5.0
     assert np.max(np.abs(np.array(held(strategy, model)[0]) - true)) <= 2e-6
-
-
-def test_options_that_keep_variables_are_refused(strategy: Any) -> None:
-    model = made(strategy, [np.float32([1.0])], keras.optimizers.SGD, ema_decay=0.5)
-    with pytest.raises(ValueError, match=r"ema_decay of .* use the optimizer's own use_ema"):
-        run(strategy, model, [[[1.0], [1.0]]], graph=False)

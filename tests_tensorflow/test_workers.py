@@ -48,6 +48,23 @@ def test_two_workers_sum_first_then_check_and_clip() -> None:
     rows = [json.loads(line) for line in first.splitlines()]
     # The mean's norm is 5, and is clipped to 1: twice, with a step left out between.
     true = [([0.4, 1.2], 256.0, False), ([0.4, 1.2], 128.0, True), ([-0.2, 0.4], 128.0, False)]
-    for row, (weights, scale, skipped) in zip(rows, true * 2, strict=True):
-        assert np.max(np.abs(np.subtract(row[0], weights))) <= 2e-6
-        assert row[1:] == [scale, "XLA", skipped]
+    averaged = micro_batches_by_hand()
+    both = len(rows) // 2  # called eagerly and in a tf.function
+    for half in (rows[:both], rows[both:]):
+        for row, (weights, scale, skipped) in zip(half[:3], true, strict=True):
+            assert np.max(np.abs(np.subtract(row[0], weights))) <= 2e-6
+            assert row[1:] == [scale, "XLA", skipped]
+        assert half[3:] == averaged  # in eighths: exact
+
+
+def micro_batches_by_hand() -> list[list[object]]:
+    """What the workers print of steps on two micro-batches: weights, averages, path, skipped."""
+    weights, average, rows = np.array([1.0, 2.0]), np.array([1.0, 2.0]), []
+    for second in ([0.0, 2.0], [2.0, 0.0], [np.inf, 0.0], [0.0, 2.0], [0.0, 0.0]):
+        mean = (np.array([1.0, 0.0]) + second + [1.0, 0.0] + [0.0, 1.0]) / 4.0
+        finite = bool(np.isfinite(mean).all())
+        if finite:
+            weights = weights - mean
+            average = 0.5 * average + 0.5 * weights
+        rows.append([weights.tolist(), average.tolist(), "XLA", not finite])
+    return rows

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of two workers that train by given gradients; a program, for processes of its own.
 
-python worker_run.py NUMBER PORT PORT   # prints weights, loss scale, path and whether it skipped
+python worker_run.py NUMBER PORT PORT   # prints weights, loss scale, path and whether it skipped;
+                                        # then likewise with micro-batches: weights and averages
 """
 
 from __future__ import annotations
@@ -51,6 +52,29 @@ def main(number: str, *ports: str) -> None:
             scale = float(scaling.dynamic_scale.numpy())
             weights = model.held[0].numpy().tolist()
             print(json.dumps([weights, scale, path_of(model), skipped]), flush=True)
+
+        with strategy.scope():
+            kept = pyupdate.build(
+                Known([[1.0, 2.0]]),
+                keras.optimizers.SGD(1.0),
+                ema_decay=0.5,
+                accumulation_steps=2,
+                skip_nonfinite=True,
+            )
+
+        def micro(grads: Any, model: Any = kept, each: Any = each) -> None:
+            strategy.run(each, args=(grads, model))
+
+        called = tf.function(micro) if graph else micro
+        for second in ([0.0, 2.0], [2.0, 0.0], [float("inf"), 0.0], [0.0, 2.0], [0.0, 0.0]):
+            for part in (second, [0.0, 1.0]):
+                called(tf.constant([[1.0, 0.0], part]))
+            found = pyupdate.last_update(kept)
+            skipped = bool(found is not None and found.skipped)
+            weights = kept.held[0].numpy().tolist()
+            with pyupdate.averaged_weights(kept):
+                averages = kept.held[0].numpy().tolist()
+            print(json.dumps([weights, averages, path_of(kept), skipped]), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from pyupdate.names import name_of
 
+from . import replicas
 from .state import State
 
 
@@ -20,7 +21,7 @@ def swapped_in(model: Any) -> Iterator[None]:
 
     Raises:
         ValueError: no averages are kept.
-        RuntimeError: they are in the model already.
+        RuntimeError: they are in the model already, or this is one replica of several.
     """
     name = name_of(model)
     state = getattr(model, "update_state", None)
@@ -29,6 +30,9 @@ def swapped_in(model: Any) -> Iterator[None]:
             f"'{name}' keeps no averages: give pyupdate.build an ema_decay, and update the model"
         )
         raise ValueError(message)
+    if replicas.count() > 1:
+        message = f"averaged_weights of '{name}' on one replica of several: enter it outside of run"
+        raise RuntimeError(message)
     check_not_swapped(model, name)
     own = [tf.identity(variable) for variable in state.stepped]
     for variable, average in zip(state.stepped, state.averages, strict=True):

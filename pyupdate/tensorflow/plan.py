@@ -27,7 +27,7 @@ from pyupdate.options import Options
 
 from . import loss_scale, measure, native, optimizers, xla
 from .halves import Halves
-from .state import State
+from .state import Kept
 
 _log = logging.getLogger("pyupdate")
 
@@ -55,7 +55,7 @@ class Plan:
         targets: Sequence[Any],
         options: Options,
         scale: loss_scale.LossScale | None,
-        state: State | None,
+        state: Kept | None,
         halves: Halves,
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
@@ -244,11 +244,16 @@ class Plan:
         grads, unscale = list(inputs[: len(self.variables)]), self._unscale(inputs)
         if not self.accumulates:
             return self._whole(grads, unscale)
-        ready = self.state.add(grads, unscale, self.options.accumulation_steps)
+        ready = self._add(*inputs)
         if not self.measures:
             tf.cond(ready, self._flush, lambda: None)
             return ()
         return tuple(tf.cond(ready, self._flush, lambda: self.state.latest()))
+
+    def _add(self, *inputs: Any) -> Any:
+        """Whether this micro-batch was the last one of a step."""
+        grads = list(inputs[: len(self.variables)])
+        return self.state.add(grads, self._unscale(inputs), self.options.accumulation_steps)
 
     def _flush(self) -> Any:
         """The step on the mean of the micro-batches; what was added up is gone, skipped or not."""
@@ -320,7 +325,7 @@ class Plan:
             self.state.average(self.variables, 1.0 - self.options.ema_decay)
 
     @property
-    def state(self) -> State:
+    def state(self) -> Kept:
         """What the options keep."""
         assert self._state is not None  # they keep something
         return self._state

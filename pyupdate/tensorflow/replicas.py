@@ -2,6 +2,7 @@
 """A step under ``tf.distribute``: the gradients are added over the replicas before all else.
 
     sum over the replicas             tf.distribute            `summed`
+    micro-batches are added up        replica by replica       state.py
     norm, finite check, multiplier    on the first replica     measure.py
     one decision for all              outside of the replicas
       the optimizer's step            XLA, replica by replica  `Replicated`
@@ -14,8 +15,6 @@ replica moves by the same sum, the same multiplier and the same decision, so tha
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,33 +23,18 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import halves, measure, optimizers
+from . import halves, optimizers
 from .alone import NotMirrored, Replica, replicas_of
 from .loss_scale import LossScale
+from .one_by_one import OneByOne, first_of
 from .plan import Plan
-
-_log = logging.getLogger("pyupdate")
+from .state import State
 
 
 def count() -> int:
     """How many replicas compute gradients of their own here."""
     context = tf.distribute.get_replica_context()
     return 1 if context is None else int(context.num_replicas_in_sync)
-
-
-def check_options(name: str, options: Options) -> None:
-    """Refuse what is not kept on several replicas.
-
-    Raises:
-        ValueError: an option that keeps variables of its own.
-    """
-    kept = [name for name in ("ema_decay", "accumulation_steps") if name in options.asked_for]
-    if kept:
-        message = (
-            f"{kept[0]} of '{name}' is not kept on several replicas: use the optimizer's own "
-            "use_ema and gradient_accumulation_steps"
-        )
-        raise ValueError(message)
 
 
 def step(
@@ -72,7 +56,7 @@ def step(
 
     def together(strategy: Any, summed: Any, scale: Any) -> None:
         found = plan_of(strategy)(strategy, summed, scale)
-        keep(found, _first(strategy, scale))
+        keep(found, first_of(strategy, scale))
 
     context.merge_call(together, args=(summed, scale))
 
@@ -84,6 +68,7 @@ def plan(
     variables: Sequence[Any],
     options: Options,
     scaling: LossScale | None,
+    state: State | None,
 ) -> Replicated | OneByOne:
     """How the replicas of a strategy are stepped."""
     inner = optimizers.stepped(optimizer)
@@ -95,20 +80,21 @@ def plan(
     else:
         try:
             found = replicas_of(strategy, inner, targets)
+            kept = [None if state is None else state.part(replica.own) for replica in found]
         except NotMirrored as error:
             why = f"{type(strategy).__name__}: {error}"
     if why:
-        return OneByOne(inner, targets, options, scaling, copies, why)
+        return OneByOne(inner, variables, targets, options, scaling, state, copies, why)
     said: list[str] = []
     plans = []
-    for replica in found:
+    for replica, own_state in zip(found, kept, strict=True):
         made = PlanOfReplica(
             inner,
             [replica.own(variable) for variable in variables],
             [t if optimizers.home(t) == "keras" else replica.own(t) for t in targets],
             options,
             _own_scale(scaling, replica),
-            None,
+            own_state,
             halves.Halves([(replica.own(half), replica.own(copy)) for half, copy in copies.pairs]),
         )
         made.begin(replica, said)
@@ -122,11 +108,6 @@ def _own_scale(scaling: LossScale | None, replica: Replica) -> LossScale | None:
     return replace(scaling, scale=replica.own(scaling.scale), counter=replica.own(scaling.counter))
 
 
-def _first(strategy: Any, value: Any) -> Any:
-    """The first replica's of what every replica has."""
-    return None if value is None else strategy.experimental_local_results(value)[0]
-
-
 class PlanOfReplica(Plan):
     """The parts of a plan, for the variables of one replica, on its device."""
 
@@ -134,6 +115,22 @@ class PlanOfReplica(Plan):
         """Say whose it is, and what was said already of the others."""
         self.replica = replica
         self._said = said
+
+    def add(self, grads: Sequence[Any], scale: Any) -> Any:
+        """Add a micro-batch to the sums; whether it was the last one of a step."""
+        return self._call("add", self._add, [*grads, *([] if scale is None else [scale])])
+
+    def means(self) -> list[Any]:
+        """The means of the micro-batches."""
+        found: list[Any] = self._call("means", self._means, [])
+        return found
+
+    def end(self, found: Sequence[Any]) -> None:
+        """Begin new sums; and keep what the step on the old ones found."""
+        self._call("clear", self._clear, [])
+        if found:
+            with tf.device(self.replica.device):
+                self.state.keep(found)
 
     def measure(self, grads: Sequence[Any], scale: Any) -> Any:
         """Norm, multiplier, the smallest of it, and whether all is finite."""
@@ -151,6 +148,12 @@ class PlanOfReplica(Plan):
     def skip(self) -> None:
         """What comes in the place of a step."""
         self._call("skip", self._skip, [])
+
+    def _means(self) -> list[Any]:
+        return self.state.means()
+
+    def _clear(self) -> None:
+        self.state.clear()
 
     def _text(self, multiplier: Any) -> tuple[str, Callable[..., Any]]:
         return ("apply", self._only_apply) if multiplier is None else ("move", self._move)
@@ -203,7 +206,26 @@ class Replicated:
         parts = [strategy.experimental_local_results(grad) for grad in summed]
         grads = [[part[plan.replica.number] for part in parts] for plan in self.plans]
         first = self.plans[0]
-        scale = _first(strategy, scale)
+        scale = first_of(strategy, scale)
+        if not first.accumulates:
+            return self._whole(grads, scale)
+        # All replicas count alike, so the first one's answer is everybody's.
+        ready, *_ = [plan.add(own, scale) for plan, own in zip(self.plans, grads, strict=True)]
+        unscaled = None if scale is None else tf.constant(1.0)
+        if not first.measures:
+            tf.cond(ready, lambda: self._flush(unscaled), lambda: None)
+            return ()
+        return tuple(tf.cond(ready, lambda: self._flush(unscaled), first.state.latest))
+
+    def _flush(self, scale: Any) -> Any:
+        """The step on the means of the micro-batches."""
+        found = self._whole([plan.means() for plan in self.plans], scale)
+        for plan in self.plans:
+            plan.end(found)
+        return found or None
+
+    def _whole(self, grads: Sequence[list[Any]], scale: Any) -> tuple[Any, ...]:
+        first = self.plans[0]
         if not first.measures:
             self._move(grads, None if scale is None else 1.0 / scale)
             return ()
@@ -230,78 +252,3 @@ class Replicated:
             if not all(other.compiled for other in self.plans):
                 plan.leave_xla()
             plan.move(own, multiplier)
-
-
-class OneByOne:
-    """Steps by the optimizer's own way to its replicas, without XLA.
-
-    One decision is taken for all, outside of the replicas: TensorFlow lets nothing in a cond inside
-    of them leave them, which an optimizer's step does.
-    """
-
-    def __init__(
-        self,
-        optimizer: Any,
-        targets: Sequence[Any],
-        options: Options,
-        scaling: LossScale | None,
-        copies: halves.Halves,
-        why: str,
-    ) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self.targets = list(targets)
-        self.options = options
-        self.scaling = scaling
-        self.halves = copies
-        self.clips = measure.clips_of(optimizer)
-        self.path = f"TensorFlow without XLA: {why}"
-        _log.warning("%s is stepped without XLA: %s", type(optimizer).__name__, why)
-
-    def __call__(self, strategy: Any, summed: Sequence[Any], scale: Any) -> Any:
-        """Step every replica; what is returned is a plan's."""
-        scaling, each = self.scaling, strategy.extended.call_for_each_replica
-        checks = self.options.skip_nonfinite or (
-            scaling is not None and scaling.counter is not None
-        )
-        asked = checks or self.options.max_norm is not None or bool(self.clips.replaced)
-        inner = self._optimizer()
-        assert inner is not None  # who calls us holds it
-        found: list[Any] = []
-
-        def measured(grads: Any, unscale: Any) -> tuple[Any, ...]:
-            made = measure.measured(grads, unscale, self.options, self.clips, check=checks)
-            finite = tf.constant(True) if made.finite is None else made.finite
-            return made.norm, made.multiplier, measure.smallest(made.multiplier), finite
-
-        multiplier = None if scale is None else each(lambda given: 1.0 / given, args=(scale,))
-        if asked:
-            unscale = tf.constant(1.0) if multiplier is None else multiplier
-            norm, multiplier, smallest, finite = each(measured, args=(summed, unscale))
-            found = [_first(strategy, value) for value in (norm, smallest, finite)]
-
-        def apply(grads: Any, multiplier: Any) -> None:
-            grads = measure.multiplied(grads, multiplier, self.options.clip_value)
-            self.halves.widen()
-            optimizers.apply(inner, grads, self.targets, reduced=True)
-            self.halves.narrow()
-
-        def move() -> Any:
-            hidden = {**self.clips.replaced, **optimizers.not_reducing(inner)}
-            if getattr(inner, "loss_scale_factor", None) is not None:
-                hidden["loss_scale_factor"] = None
-            with optimizers.replaced(inner, **hidden):  # here: replicas are threads
-                each(apply, args=(summed, multiplier))
-            return tf.constant(0.0)
-
-        def skip() -> Any:
-            if scaling is not None and scaling.counts_skipped:
-                inner.iterations.assign_add(1)
-            return tf.constant(1.0)
-
-        if not found:
-            move()
-            return ()
-        skipped = tf.cond(found[2], move, skip) if checks else move()
-        if scaling is not None:
-            scaling.move(found[2])
-        return found[0], skipped, found[1]

@@ -2,7 +2,8 @@
 """What a model keeps for its options: sums of micro-batches, averages of its variables.
 
 A ``tf.Module`` on the model (``model.update_state``), so that a ``tf.train.Checkpoint`` of the
-model carries it; nothing is added to the user's optimizer.
+model carries it; nothing is added to the user's optimizer. Where the model's variables are mirrored
+by a ``tf.distribute`` strategy, so are these, and every replica has a part of its own.
 """
 
 from __future__ import annotations
@@ -16,52 +17,30 @@ import tensorflow as tf
 from pyupdate.options import Options
 
 
-class State(tf.Module):  # type: ignore[misc]
-    """Sums, averages and what the last step found, for a model's trainable variables.
+class Kept:
+    """Sums, averages and what the last step found.
 
-    Args:
-        variables: the model's, all that are trainable.
-        options: which of them are kept.
-        before: kept so far, for other variables of the same model (a layer was frozen).
+    Attributes:
+        stepped: the variables that they are of.
+        sums: of the micro-batches so far, one of each variable; empty where none are kept.
+        averages: likewise.
+        position: how many micro-batches there were since the last step.
+        found: norm, skipped and multiplier of the last step.
     """
 
-    def __init__(self, variables: Sequence[Any], options: Options, before: State | None) -> None:
-        super().__init__(name="update_state")
-        self.swapped = False
-        self.stepped = list(variables)
-        self.sums: list[Any] = []
-        self.averages: list[Any] = []
-        known = [] if before is None else before.stepped
-        places = {id(variable): place for place, variable in enumerate(known)}
-
-        def kept(name: str, variable: Any, value: Callable[[], Any]) -> Any:
-            place = places.get(id(variable))
-            earlier = [] if before is None else getattr(before, name)
-            return _variable(value()) if place is None or not earlier else earlier[place]
-
-        with tf.init_scope():
-            if options.accumulation_steps > 1:
-                self.sums = [
-                    kept("sums", v, partial(tf.zeros, v.shape, _wide(v.dtype))) for v in variables
-                ]
-                self.position = _variable(tf.zeros([], tf.int64))
-                self.found = [_variable(tf.zeros([])) for _ in range(3)]
-            if options.ema_decay is not None:
-                self.averages = [
-                    kept("averages", v, partial(tf.cast, v, _wide(v.dtype))) for v in variables
-                ]
-
-    def serves(self, variables: Sequence[Any], options: Options) -> bool:
-        """Whether it keeps what these options ask for, for exactly these variables."""
-        asked = (options.accumulation_steps > 1, options.ema_decay is not None)
-        return asked == (bool(self.sums), bool(self.averages)) and _same(self.stepped, variables)
+    stepped: list[Any]
+    sums: list[Any]
+    averages: list[Any]
+    position: Any
+    found: list[Any]
 
     def add(self, grads: Sequence[Any], unscale: Any, steps: int) -> Any:
         """Add a micro-batch to the sums; whether it was the last one of `steps`."""
         part = unscale / float(steps)
         for total, grad in zip(self.sums, grads, strict=True):
             total.assign_add(tf.cast(grad, total.dtype) * tf.cast(part, total.dtype))
-        return self.position.assign_add(1, read_value=True) >= steps
+        self.position.assign_add(1)
+        return tf.convert_to_tensor(self.position) >= steps
 
     def means(self) -> list[Any]:
         """The means of the micro-batches."""
@@ -91,12 +70,68 @@ class State(tf.Module):  # type: ignore[misc]
             average.assign_add((now - average) * tf.cast(weight, average.dtype))
 
 
+class State(Kept, tf.Module):  # type: ignore[misc]
+    """What is kept for a model's trainable variables.
+
+    Args:
+        variables: the model's, all that are trainable.
+        options: which of them are kept.
+        before: kept so far, for other variables of the same model (a layer was frozen).
+    """
+
+    def __init__(self, variables: Sequence[Any], options: Options, before: State | None) -> None:
+        super().__init__(name="update_state")
+        self.swapped = False
+        self.stepped = list(variables)
+        self.sums: list[Any] = []
+        self.averages: list[Any] = []
+        known = [] if before is None else before.stepped
+        places = {id(variable): place for place, variable in enumerate(known)}
+
+        def kept(name: str, variable: Any, value: Callable[[], Any]) -> Any:
+            place = places.get(id(variable))
+            earlier = [] if before is None else getattr(before, name)
+            return _variable(value(), variable) if place is None or not earlier else earlier[place]
+
+        with tf.init_scope():
+            if options.accumulation_steps > 1:
+                self.sums = [
+                    kept("sums", v, partial(tf.zeros, v.shape, _wide(v.dtype))) for v in variables
+                ]
+                self.position = _variable(tf.zeros([], tf.int64), variables[0])
+                self.found = [_variable(tf.zeros([]), variables[0]) for _ in range(3)]
+            if options.ema_decay is not None:
+                self.averages = [
+                    kept("averages", v, partial(tf.cast, v, _wide(v.dtype))) for v in variables
+                ]
+
+    def serves(self, variables: Sequence[Any], options: Options) -> bool:
+        """Whether it keeps what these options ask for, for exactly these variables."""
+        asked = (options.accumulation_steps > 1, options.ema_decay is not None)
+        return asked == (bool(self.sums), bool(self.averages)) and _same(self.stepped, variables)
+
+    def part(self, own: Callable[[Any], Any]) -> Kept:
+        """One replica's of it; `own` gives that replica's part of a mirrored variable."""
+        made = Kept()
+        for name in ("stepped", "sums", "averages"):
+            setattr(made, name, [own(variable) for variable in getattr(self, name)])
+        if self.sums:
+            made.position = own(self.position)
+            made.found = [own(variable) for variable in self.found]
+        return made
+
+
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-def _variable(value: Any) -> Any:
-    return tf.Variable(value, trainable=False)
+def _variable(value: Any, beside: Any) -> Any:
+    """A variable on every replica that has a part of another one."""
+    strategy = getattr(beside, "distribute_strategy", None)
+    if strategy is None or tf.distribute.get_strategy() is strategy:
+        return tf.Variable(value, trainable=False)
+    with strategy.scope():
+        return tf.Variable(value, trainable=False)
 
 
 def _wide(dtype: Any) -> Any:

@@ -152,15 +152,16 @@ def apply(
         return Plan(inner, variables, targets, options, scaling, state, copies)
 
     if (replicated := replicas.count()) > 1:
-        replicas.check_options(name, options)
+
+        def of(strategy: Any) -> Any:
+            state = _state(model, options)
+            return replicas.plan(strategy, optimizer, owners, variables, options, scaling, state)
+
+        eagerly = tf.config.functions_run_eagerly()
         replicas.step(
             grads,
             scale,
-            lambda strategy: planned(
-                partial(replicas.plan, strategy, optimizer, owners, variables, options, scaling),
-                replicated,
-                tf.config.functions_run_eagerly(),
-            ),
+            lambda strategy: planned(partial(of, strategy), replicated, eagerly),
             partial(_keep, optimizer),
         )
         return
