@@ -2,7 +2,8 @@
 // Storage types and what is computed in: fp64 in fp64; fp32, bf16 and fp16 in fp32.
 //
 // A load is exact. A store rounds once, to nearest even, with subnormals kept. The half formats are
-// converted by integer arithmetic: g++ 12 vectorises that, and does not vectorise _Float16. A GPU
+// converted by integer arithmetic: g++ 12 vectorises that, and does not vectorise _Float16 (where an
+// x86 processor has instructions for fp16, cpu/passes.cpp uses them around the loop of fp32). A GPU
 // has instructions that give the same bits: by integers AdamW of fp16 spilled 84 bytes (sm_80).
 // A nan stays a nan; its sign and payload are not promised.
 #pragma once
@@ -74,10 +75,11 @@ PYUPDATE_HD float load(fp16 stored) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(exact) : "h"(stored.bits));
   return exact;
 #else
-  const uint32_t sign = (uint32_t{stored.bits} & 0x8000u) << 16;
-  const uint32_t magnitude = (uint32_t{stored.bits} & 0x7fffu) << 13;
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+  const auto extended = static_cast<uint32_t>(int32_t{static_cast<int16_t>(stored.bits)});
+  const uint32_t placed = (extended << 13) & 0x8fffe000u;
+  const float finite = bit_cast<float>(placed) * 0x1p112f;
+  const float special = bit_cast<float>(placed | 0x7f800000u);
+  return (placed & 0x7fffffffu) >= 0x0f800000u ? special : finite;
 #endif
 }
 
@@ -90,9 +92,8 @@ PYUPDATE_HD void store(float value, bf16* place) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(place->bits) : "f"(value));
 #else
   const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  place->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  place->bits = uint16_t((value != value ? 0x7fc00000u : rounded) >> 16);
 #endif
 }
 

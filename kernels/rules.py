@@ -61,7 +61,8 @@ def larger(a: float, b: float) -> float:
 def clipped(grad: float, clip_value: float) -> float:
     """The gradient in [-clip_value, clip_value], as torch's clip_grad_value_; a nan stays one."""
     lowest = 0.0 - clip_value
-    return where(grad > clip_value, clip_value, where(grad < lowest, lowest, grad))
+    grad = where(grad > clip_value, clip_value, grad)
+    return where(grad < lowest, lowest, grad)
 
 
 def averaged(average: float, param: float, weight: float) -> float:

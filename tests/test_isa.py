@@ -101,10 +101,16 @@ def disassembled(path: Path) -> dict[str, Function]:
     return functions
 
 
+def converts(isa: str, storage: str) -> bool:
+    """Whether halves are converted by instructions, around the loop of fp32."""
+    return isa in ("v3", "v4") and storage.startswith("fp16")
+
+
 def kernel(functions: dict[str, Function], isa: str, stage: str, storage: str) -> Function:
     space = f"pyupdate::{isa}::"
     stored = {**STORAGES, **WIDE}[storage].format(isa)
-    wanted = f"{space}(anonymous namespace)::run<{space}{stage}, {space}Storage<{stored}, "
+    run = "run_converted" if converts(isa, storage) else "run"
+    wanted = f"{space}(anonymous namespace)::{run}<{space}{stage}, {space}Storage<{stored}, "
     (found,) = (f for name, f in functions.items() if wanted in name)
     return found
 
@@ -121,6 +127,15 @@ def assert_vectorised(function: Function, register: str) -> None:
         if whole and writes and not SCALAR.search(code):
             return
     raise AssertionError(f"no loop of {function.name} works on whole {register}")
+
+
+def assert_steps_fp32(function: Function, isa: str) -> None:
+    """It has the loop of fp32, or calls who has it, which is another one of these cases."""
+    space = f"pyupdate::{isa}::"
+    (stage,) = re.findall(rf"run_converted<({space}[\w:]+), ", function.name)
+    called = f"::run<{stage}, {space}Storage<float, float, float, float> >"
+    if not any("call" in text and called in text for _, text in function.code):
+        assert_vectorised(function, VECTORS[isa])
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +161,10 @@ def installed(compiled) -> dict[str, Function]:
 )
 def test_the_loop_of_every_stage_works_on_whole_vectors(stage, storage, isa, installed):
     function = kernel(installed, isa, f"rules::{stage}", storage)
-    assert_vectorised(function, VECTORS[isa])
+    if converts(isa, storage):  # its own loops convert: below
+        assert_steps_fp32(function, isa)
+    else:
+        assert_vectorised(function, VECTORS[isa])
 
 
 @x86
@@ -154,7 +172,24 @@ def test_the_loop_of_every_stage_works_on_whole_vectors(stage, storage, isa, ins
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("stage", ["squared_stage", "magnitude_stage"])
 def test_the_loop_of_the_reduce_pass_works_on_whole_vectors(stage, storage, isa, installed):
-    assert_vectorised(kernel(installed, isa, stage, storage), VECTORS[isa])
+    function = kernel(installed, isa, stage, storage)
+    if converts(isa, storage):
+        assert_steps_fp32(function, isa)
+    else:
+        assert_vectorised(function, VECTORS[isa])
+
+
+@x86
+@pytest.mark.parametrize("isa", ["v3", "v4"])
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("narrow(", "vcvtps2ph"), ("widen_any<pyupdate::{0}::fp16>(", "vcvtph2ps")],
+)
+def test_fp16_is_converted_by_whole_vectors(name, instruction, isa, installed):
+    wanted = f"pyupdate::{isa}::(anonymous namespace)::{name.format(isa)}"
+    (function,) = (f for found, f in installed.items() if wanted in found)
+    bodies = [[text for text in body if instruction in text] for body in function.loops()]
+    assert any(body and all(VECTORS[isa] in text for text in body) for body in bodies)
 
 
 @x86

@@ -14,6 +14,7 @@ import torch
 from bits import array_of, assert_same_bits, tensor_of, torch_steps
 from cases import name_of
 from compiling import shared_library
+from conftest import ISAS
 
 import pyupdate
 from pyupdate.kernels import oracle
@@ -189,6 +190,25 @@ def test_every_gradient_is_read_and_its_product_rounded_once(dtype, isas, compil
         with pyupdate.use_backend("reference"):
             found = steps_of_sgd(torch.zeros_like(values), values, lr=lr)
             assert_same_bits(found, truth, f"reference, lr {lr}")
+
+
+@halves
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("values", [ties, lambda _: random_patterns(1 << 17)], ids=["ties", "any"])
+def test_a_kernel_rounds_every_number_as_types_h_does(dtype, values, isa):
+    # -0 - 1 * (b * 1 + -0) = -b, for a buffer b in fp32: whatever number is stored as a half. A
+    # piece of a row that ends anywhere is converted by other code than a whole one.
+    given = values(dtype)[:-3]
+    zero = torch.full((given.size,), -0.0, dtype=dtype)
+    param = torch.nn.Parameter(zero.clone())
+    options = {"lr": 1.0, "momentum": 1.0, "state_dtype": torch.float32}
+    optimizer = pyupdate.optim.SGD([param], **options)
+    torch_steps(optimizer, [param], [[zero]])
+    optimizer.state[param]["momentum_buffer"].copy_(torch.from_numpy(-given))
+    with torch.no_grad():
+        param.copy_(zero)
+    torch_steps(optimizer, [param], [[zero]])
+    assert_same_bits(param, rounded(given, dtype), isa)
 
 
 @halves

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU loops over element.h, for every rule and storage. CMake builds this file once for each
-// instruction set, with PYUPDATE_ISA naming it; the compiler vectorises, there are no intrinsics.
+// instruction set, with PYUPDATE_ISA naming it; the compiler vectorises, so there are no intrinsics
+// but those that convert fp16, which g++ 12 knows no vectors for.
 #include "passes.h"
 
+#include <algorithm>
 #include <type_traits>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "../element.h"
 #include "../reduce.h"
@@ -91,9 +96,98 @@ void run(const Block& block) {
   }
 }
 
+// ----- halves, a run of them at a time
+
+template <class Half>
+void widen(const Half* half, float* wide, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) wide[i] = load(half[i]);
+}
+
+#ifdef __F16C__
+constexpr bool kConverts = true;
+
+void widen(const fp16* half, float* wide, int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512F__
+  for (; i + 16 <= n; i += 16) {
+    const auto packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i));
+    _mm512_storeu_ps(wide + i, _mm512_cvtph_ps(packed));
+  }
+#else
+  for (; i + 8 <= n; i += 8) {
+    const auto packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
+    _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(packed));
+  }
+#endif
+  for (; i < n; ++i) wide[i] = load(half[i]);
+}
+
+void narrow(const float* wide, fp16* half, int64_t n) {
+  constexpr int kToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  int64_t i = 0;
+#ifdef __AVX512F__
+  for (; i + 16 <= n; i += 16) {
+    const auto packed = _mm512_cvtps_ph(_mm512_loadu_ps(wide + i), kToNearest);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i), packed);
+  }
+#else
+  for (; i + 8 <= n; i += 8) {
+    const auto packed = _mm256_cvtps_ph(_mm256_loadu_ps(wide + i), kToNearest);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), packed);
+  }
+#endif
+  for (; i < n; ++i) store(wide[i], half + i);
+}
+
+// By integers, as types.h does it, fp16 costs more than the rest of AdamW twice over: so it is
+// converted by the processor's instructions, in pieces that stay in the first cache, and stepped as
+// fp32 there. The bits are the same.
+template <class Stage, class Storage>
+void run_converted(const Block& block) {
+  constexpr int64_t kPiece = 512;
+  static_assert(kLanes % kPiece == 0);
+  constexpr bool kHalfState = std::is_same_v<typename Storage::State, fp16>;
+  constexpr auto is_half = [](int role) { return role < kFirstState || kHalfState; };
+  alignas(64) float wide[Stage::kElements][kPiece];
+  Block piece = block;
+  for (int64_t start = 0; start < block.count; start += kPiece) {
+    piece.count = std::min(kPiece, block.count - start);
+    piece.element = block.element + start;
+    if constexpr (Stage::kSums > 0) piece.lanes = static_cast<float*>(block.lanes) + start % kLanes;
+    each<Stage::kElements>([&](int role) {
+      if (((Stage::kReads | Stage::kWrites) >> role & 1u) == 0) return;
+      if (!is_half(role)) {
+        piece.role[role] = static_cast<float*>(block.role[role]) + start;
+        return;
+      }
+      piece.role[role] = wide[role];
+      if ((Stage::kReads >> role & 1u) == 0) return;
+      widen(static_cast<const fp16*>(block.role[role]) + start, wide[role], piece.count);
+    });
+    run<Stage, pyupdate::Storage<fp32, fp32, fp32, float>>(piece);
+    each<Stage::kElements>([&](int role) {
+      if ((Stage::kWrites >> role & 1u) == 0 || !is_half(role)) return;
+      narrow(wide[role], static_cast<fp16*>(block.role[role]) + start, piece.count);
+    });
+  }
+}
+#else
+constexpr bool kConverts = false;
+template <class Stage, class Storage>
+void run_converted(const Block& block);
+#endif
+
 template <class Stage, class Storage>
 constexpr Kernel kernel() {
-  return {run<Stage, Storage>, Stage::kReads, Stage::kWrites, Stage::kSums, Stage::kFirstSum};
+  constexpr bool converts = kConverts && std::is_same_v<typename Storage::Param, fp16>;
+  void (*loop)(const Block&) = nullptr;
+  if constexpr (converts) {
+    loop = run_converted<Stage, Storage>;
+  } else {
+    loop = run<Stage, Storage>;
+  }
+  return {loop, Stage::kReads, Stage::kWrites, Stage::kSums, Stage::kFirstSum};
 }
 
 // ----- the tables: every rule x stage x storage, expanded here and nowhere else
@@ -114,10 +208,8 @@ double largest(const void* lanes, int64_t n) {
 }
 
 template <class Half>
-void widen(const void* half, float* wide, int64_t n) {
-  const Half* from = static_cast<const Half*>(half);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) wide[i] = load(from[i]);
+void widen_any(const void* half, float* wide, int64_t n) {
+  widen(static_cast<const Half*>(half), wide, n);
 }
 
 // The elements lie in one block of kLanes, so the upper half of their indices is the same.
@@ -176,7 +268,7 @@ constexpr StorageInfo storage_info() {
                    nullptr};
   if constexpr (sizeof(P) == 2) {
     info.fp32 = index_of_fp32(Storages{});
-    info.widen = widen<P>;
+    info.widen = widen_any<P>;
     info.round = round<P>;
   }
   return info;
