@@ -2,9 +2,9 @@
 // Storage types and what is computed in: fp64 in fp64; fp32, bf16 and fp16 in fp32.
 //
 // A load is exact. A store rounds once, to nearest even, with subnormals kept. The half formats are
-// converted by integer arithmetic: g++ 12 vectorises that, and does not vectorise _Float16 (where an
-// x86 processor has instructions for fp16, cpu/passes.cpp uses them around the loop of fp32). A GPU
-// has instructions that give the same bits: by integers AdamW of fp16 spilled 84 bytes (sm_80).
+// converted by integer arithmetic: g++ 12 vectorises that, and does not vectorise _Float16 (where
+// an x86 processor has instructions for fp16, cpu/passes.cpp uses them around the loop of fp32). A
+// GPU has instructions that give the same bits: by integers AdamW of fp16 spilled 84 bytes (sm_80).
 // A nan stays a nan; its sign and payload are not promised.
 #pragma once
 #include <stdint.h>
