@@ -7,6 +7,7 @@ that never broke: so nothing inside the plan changed either.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -205,6 +206,8 @@ def test_memory_shared_with_a_parameter_that_is_not_stepped_is_fine(way, backend
             torch.tensor([0.1, 0.2]),
             r"'lr' of parameter group 0 is tensor\(\[0\.1000, 0\.2000\]\)",
         ),
+        ("lr", "0.1", "'lr' of parameter group 0 is '0.1'"),
+        ("weight_decay", 10**400, "'weight_decay' of parameter group 0 is 1000"),
         ("eps", None, "'eps' of parameter group 0 is None"),
         ("eps", KeyError, "'eps' of parameter group 0 is missing"),
         ("amsgrad", KeyError, "'amsgrad' of parameter group 0 is missing, so AdamW knows no rule"),
@@ -233,6 +236,46 @@ def test_a_group_without_what_a_composite_reads_last_is_refused_first(name, key,
     with pytest.raises(ValueError, match=f"'{key}' of parameter group 0 is missing"):
         optimizer.step()
     assert param.tolist() == [[1.0, 1.0]] * 2 and not optimizer.state
+
+
+NO_NUMBERS = ["0.1", None, [0.1], torch.ones(2), 1j, 10**400]
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "key", "values", "says"),
+    [
+        *[("Muon", key, NO_NUMBERS, "") for key in ("lr", "momentum", "weight_decay", "eps")],
+        ("Muon", "ns_steps", ["5", None, 5.5, math.nan], "must be a whole number"),
+        ("Muon", "ns_coefficients", ["abc", None, (1.0, "2", 3.0), 3.0], "must be three numbers"),
+        ("Muon", "nesterov", [torch.ones(2)], "must be True or False"),
+        ("Muon", "adjust_lr_fn", ["no", 1], "must be None, 'original' or 'match_rms_adamw'"),
+        ("Adafactor", "lr", NO_NUMBERS, ""),
+        ("Adafactor", "d", ["0.1", 10**400], "must be two numbers"),
+        ("Adafactor", "eps", ["12", (None, "1"), (1.0, None)], "must be two numbers"),
+        ("RMSprop", "momentum", ["0.9", None], "knows no rule for it"),
+    ],
+)
+def test_what_is_no_number_is_refused_before_a_byte_changes(
+    name, key, values, says, steps_before, backend
+):
+    params = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    groups = [{"params": [param]} for param in params]
+    optimizer = getattr(pyupdate.optim, name)(groups)
+    for param in params:
+        param.grad = torch.ones(2, 2)
+    for _ in range(steps_before):
+        optimizer.step()
+    right, before = optimizer.param_groups[1][key], snapshot(optimizer)
+    for value in values:
+        optimizer.param_groups[1][key] = value
+        with pytest.raises(ValueError, match="parameter group 1 ") as refused:
+            optimizer.step()
+        assert says in str(refused.value)
+        assert snapshot(optimizer) == before
+    optimizer.param_groups[1][key] = right
+    optimizer.step()
+    assert all(torch.equal(params[0], param) for param in params)
 
 
 @ways

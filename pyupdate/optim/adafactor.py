@@ -25,7 +25,7 @@ from ..options import LastUpdate
 from ..pytorch import checks
 from ..pytorch import state as states
 from ..pytorch import step as engine
-from ..pytorch.rows import Group, Row, has_state, require
+from ..pytorch.rows import NO_NUMBER, Group, Row, has_state, number_of, require
 from . import adafactor_passes, adafactor_stacks
 from .adafactor_passes import Numbers
 from .adafactor_stacks import Scratch, Stack
@@ -152,8 +152,8 @@ def _check_numbers(group: Group, index: int) -> None:
     try:
         eps1, eps2 = group["eps"]
         for number in (0.0 if eps1 is None else eps1, eps2, group["d"]):
-            float(number)
-    except (TypeError, ValueError, RuntimeError) as error:
+            number_of(number)
+    except NO_NUMBER as error:
         message = (
             f"'eps' and 'd' of parameter group {index} are {group['eps']!r} and {group['d']!r}, "
             "but must be two numbers, of which the first may be None, and one: set them to what "

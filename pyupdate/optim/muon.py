@@ -16,7 +16,8 @@ numeric contract: the result is torch's within the accuracy of bfloat16, not to 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from ..kernels.composite import muon_direction, muon_move
 from ..kernels.language import Rule
 from ..options import LastUpdate
 from ..pytorch import step as engine
-from ..pytorch.rows import Group, Row, require
+from ..pytorch.rows import NO_NUMBER, Group, Row, number_of, require, require_numbers
 from .planned import Planned, planned
 
 # Elements of a stack: 64 MiB of bfloat16, and four times that for what it is made of.
@@ -36,13 +37,7 @@ _STACK = 2**25
 
 
 def _muon(group: Group) -> Rule:
-    """The momentum's rule; what torch refuses in the middle of a step is refused before it here."""
-    if group["ns_steps"] >= 100:
-        message = "Number of steps must be less than 100 for computational efficiency"
-        raise ValueError(message)
-    if len(group["ns_coefficients"]) != 3:
-        message = "Coefficients must be a tuple of exactly 3 values"
-        raise ValueError(message)
+    """The momentum's rule, of matrices."""
     for param in group["params"]:
         _check_shape(param, group.get("flatten_trailing", False))
     return rules.muon
@@ -67,7 +62,39 @@ def _check_shape(param: Tensor, flatten_trailing: bool) -> None:
 def _check(optimizer: Any, _: Sequence[Row]) -> None:
     """Refuse a group without what only the end of a step reads, before anything is done."""
     for index, group in enumerate(optimizer.param_groups):
-        require(group, index, ("lr", "weight_decay", "nesterov", "eps", "adjust_lr_fn"))
+        require_numbers(group, index, ("lr", "weight_decay", "eps"))
+        _check_iteration(group, index)
+
+
+_LEARNING_RATES = (None, "original", "match_rms_adamw")
+
+_READ_LAST: dict[str, tuple[Callable[[Any], object], str]] = {
+    "ns_steps": (operator.index, "a whole number"),
+    "ns_coefficients": (lambda found: [*map(number_of, found)], "three numbers"),
+    "nesterov": (bool, "True or False"),
+    "adjust_lr_fn": (_LEARNING_RATES.index, "None, 'original' or 'match_rms_adamw'"),
+}
+"""What the end of a step reads beside numbers: how, and what it must be."""
+
+
+def _check_iteration(group: Group, index: int) -> None:
+    """Refuse what else the end of a step cannot read; in torch's words what torch refuses there."""
+    require(group, index, [*_READ_LAST])
+    for key, (read, wanted) in _READ_LAST.items():
+        try:
+            read(group[key])
+        except NO_NUMBER as error:
+            message = (
+                f"{key!r} of parameter group {index} is {group[key]!r}, but must be {wanted}: set "
+                "it to what the optimizer's constructor takes"
+            )
+            raise ValueError(message) from error
+    if group["ns_steps"] >= 100:
+        message = "Number of steps must be less than 100 for computational efficiency"
+        raise ValueError(message)
+    if len(group["ns_coefficients"]) != 3:
+        message = "Coefficients must be a tuple of exactly 3 values"
+        raise ValueError(message)
 
 
 @torch.no_grad()
@@ -108,13 +135,13 @@ def _directions(
 
 def _orthogonalised(directions: Tensor, group: Group) -> Tensor:
     """A stack of matrices after the iteration, in bfloat16 as torch has it."""
-    a, b, c = group["ns_coefficients"]
+    a, b, c = map(float, group["ns_coefficients"])
     x = directions.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-    x = x / norm.clamp(min=group["eps"])
+    x = x / norm.clamp(min=float(group["eps"]))
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

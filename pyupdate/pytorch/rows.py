@@ -103,6 +103,22 @@ def numbers_of(rule: Rule, group: Group, index: int = 0) -> list[float]:
     return list(map(float, given_by(rule, group, index)))
 
 
+NO_NUMBER = (TypeError, ValueError, RuntimeError, OverflowError)
+"""What `number_of` raises, and Python and torch where a number is asked for."""
+
+
+def number_of(value: Any) -> float:
+    """A number as Python's. Text is none, whatever it says: no optimizer of torch's takes it.
+
+    Raises:
+        One of `NO_NUMBER`.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        message = f"{value!r} is text"
+        raise TypeError(message)
+    return float(value)
+
+
 def given_by(rule: Rule, group: Group, index: int = 0) -> list[float | torch.Tensor]:
     """What `numbers_of` reads, with a tensor of one float32 or float64 left as it is.
 
@@ -117,8 +133,8 @@ def given_by(rule: Rule, group: Group, index: int = 0) -> list[float | torch.Ten
         try:
             found = group[name] if name in group else group[f"{name[:-1]}s"][int(name[-1]) - 1]
             is_ready = type(found) is float or _is_number_of_a_tensor(found)
-            numbers.append(found if is_ready else float(found))
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            numbers.append(found if is_ready else number_of(found))
+        except (LookupError, *NO_NUMBER) as error:
             key = name if name in group else f"{name[:-1]}s" if name[-1:].isdigit() else name
             found = repr(group[key]) if key in group else "missing"
             message = (
@@ -142,6 +158,25 @@ def require(group: Group, index: int, keys: Sequence[str]) -> None:
                 "constructor takes"
             )
             raise ValueError(message)
+
+
+def require_numbers(group: Group, index: int, keys: Sequence[str]) -> None:
+    """Refuse a group in which one of these is not there or no number; no device is waited for.
+
+    Raises:
+        ValueError: names the group and the key.
+    """
+    require(group, index, keys)
+    for key in keys:
+        try:
+            if not _is_number_of_a_tensor(group[key]):
+                number_of(group[key])
+        except NO_NUMBER as error:
+            message = (
+                f"{key!r} of parameter group {index} is {group[key]!r}, but must be a number: set "
+                "it to what the optimizer's constructor takes"
+            )
+            raise ValueError(message) from error
 
 
 def _is_number_of_a_tensor(value: object) -> bool:

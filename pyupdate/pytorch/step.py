@@ -330,6 +330,13 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
                 "knows no rule for it: set it to what the optimizer's constructor takes"
             )
             raise ValueError(message) from error
+        except TypeError as error:
+            message = (
+                f"parameter group {index} holds what is no number ({error}), so "
+                f"{type(optimizer).__name__} knows no rule for it: set it to what the optimizer's "
+                "constructor takes"
+            )
+            raise ValueError(message) from error
         if group.get("capturable", False):
             check_capturable(group)
         known = engine.rules.get(rule.name)
