@@ -294,5 +294,51 @@ def test_averages_outlive_a_frozen_layer_and_a_loss_that_reaches_less() -> None:
     reach(0)
     assert [w.tolist() for w in weights(model)] == [[-1.0], [1.5]]
     model.held[1].trainable = True
+    reach(0, 1)
+    reach(0, 1)
     with pyupdate.averaged_weights(model):
-        assert weights(model)[0].tolist() == [0.25 * 1.0 + 0.25 * 0.0 + 0.5 * -1.0]
+        first, second = weights(model)
+        assert first.tolist() == [0.125 * 1.0 + 0.125 * 0.0 + 0.25 * -1.0 + 0.5 * -2.0]
+        assert second.tolist() == [0.25 * 2.0 + 0.25 * 1.5 + 0.5 * 0.5]
+
+
+@pytest.mark.parametrize("way", ["eager", "function"])
+def test_a_layer_is_frozen_between_micro_batches(way: str) -> None:
+    """The step comes after as many of them, and on the layers that are trained then."""
+    model = pyupdate.build(
+        Known([[1.0], [2.0]]), "sgd", learning_rate=1.0, accumulation_steps=2, max_norm=100.0
+    )
+    steps = {trained: ways(lambda a, b: give(model, a, b))[way] for trained in (True, False)}
+    seen = []
+    for trained in (True, False, False, False, False, True, True, True):
+        model.held[1].trainable = trained
+        steps[trained](tf.constant([1.0]), tf.constant([4.0]))
+        seen.append([float(value[0]) for value in weights(model)])
+    by_hand = [
+        [1.0, 2.0],
+        [0.0, 2.0],  # what the second one had of this step is dropped
+        [0.0, 2.0],
+        [-1.0, 2.0],
+        [-1.0, 2.0],
+        [-2.0, 0.0],  # it was trained in one micro-batch of two
+        [-2.0, 0.0],
+        [-3.0, -4.0],
+    ]
+    assert seen == by_hand
+
+
+def test_a_layer_that_is_frozen_at_first_has_its_place_in_a_checkpoint(tmp_path: Any) -> None:
+    def made() -> Any:
+        return pyupdate.build(Known([[1.0], [2.0]]), "sgd", learning_rate=1.0, ema_decay=0.5)
+
+    one, other = made(), made()
+    one.held[0].trainable = False
+    give(one, [1.0], [1.0])
+    one.held[0].trainable = True
+    give(one, [1.0], [1.0])
+    saved = tf.train.Checkpoint(model=one).save(tmp_path / "at")
+    give(other, [8.0], [8.0])
+    tf.train.Checkpoint(model=other).restore(saved)
+    with pyupdate.averaged_weights(other):
+        assert [w.tolist() for w in weights(other)] == [[0.5], [0.75]]
+    assert [w.tolist() for w in weights(other)] == [[0.0], [0.0]]

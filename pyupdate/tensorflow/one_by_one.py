@@ -69,10 +69,11 @@ class OneByOne:
             return self._whole(strategy, summed, unscale)
         state = self._kept()
         part = tf.constant(1.0) if unscale is None else unscale
-        ready = state.add([first_of(strategy, grad) for grad in summed], part, steps)
+        firsts = [first_of(strategy, grad) for grad in summed]
+        ready = state.add(self.variables, firsts, part, steps)
 
         def flush() -> Any:
-            found = self._whole(strategy, state.means(), None)
+            found = self._whole(strategy, state.means(self.variables), None)
             state.clear()
             if not found:
                 return None

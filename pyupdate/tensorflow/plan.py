@@ -253,11 +253,12 @@ class Plan:
     def _add(self, *inputs: Any) -> Any:
         """Whether this micro-batch was the last one of a step."""
         grads = list(inputs[: len(self.variables)])
-        return self.state.add(grads, self._unscale(inputs), self.options.accumulation_steps)
+        steps = self.options.accumulation_steps
+        return self.state.add(self.variables, grads, self._unscale(inputs), steps)
 
     def _flush(self) -> Any:
         """The step on the mean of the micro-batches; what was added up is gone, skipped or not."""
-        found = self._whole(self.state.means(), tf.constant(1.0))
+        found = self._whole(self.state.means(self.variables), tf.constant(1.0))
         with tf.control_dependencies(list(found)):
             self.state.clear()
         if not found:

@@ -150,7 +150,7 @@ class PlanOfReplica(Plan):
         self._call("skip", self._skip, [])
 
     def _means(self) -> list[Any]:
-        return self.state.means()
+        return self.state.means(self.variables)
 
     def _clear(self) -> None:
         self.state.clear()

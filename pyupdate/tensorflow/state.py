@@ -34,17 +34,17 @@ class Kept:
     position: Any
     found: list[Any]
 
-    def add(self, grads: Sequence[Any], unscale: Any, steps: int) -> Any:
+    def add(self, variables: Sequence[Any], grads: Sequence[Any], unscale: Any, steps: int) -> Any:
         """Add a micro-batch to the sums; whether it was the last one of `steps`."""
         part = unscale / float(steps)
-        for total, grad in zip(self.sums, grads, strict=True):
+        for total, grad in zip(self._of(self.sums, variables), grads, strict=True):
             total.assign_add(tf.cast(grad, total.dtype) * tf.cast(part, total.dtype))
         self.position.assign_add(1)
         return tf.convert_to_tensor(self.position) >= steps
 
-    def means(self) -> list[Any]:
+    def means(self, variables: Sequence[Any]) -> list[Any]:
         """The means of the micro-batches."""
-        return [tf.identity(total) for total in self.sums]
+        return [tf.identity(total) for total in self._of(self.sums, variables)]
 
     def clear(self) -> None:
         """Begin anew."""
@@ -63,20 +63,25 @@ class Kept:
 
     def average(self, variables: Sequence[Any], weight: float) -> None:
         """Move the averages of these variables towards them."""
-        of = {id(v): average for v, average in zip(self.stepped, self.averages, strict=True)}
-        for variable in variables:
-            average = of[id(variable)]
+        averages = self._of(self.averages, variables)
+        for variable, average in zip(variables, averages, strict=True):
             now = tf.cast(variable, average.dtype)
             average.assign_add((now - average) * tf.cast(weight, average.dtype))
+
+    def _of(self, kept: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """What is kept of these variables: not of those that are frozen now."""
+        by_id = {id(v): one for v, one in zip(self.stepped, kept, strict=True)}
+        return [by_id[id(variable)] for variable in variables]
 
 
 class State(Kept, tf.Module):  # type: ignore[misc]
     """What is kept for a model's trainable variables.
 
     Args:
-        variables: the model's, all that are trainable.
+        variables: the model's, all that are trainable now or were once: what was kept of a layer
+            stays while it is frozen.
         options: which of them are kept.
-        before: kept so far, for other variables of the same model (a layer was frozen).
+        before: kept so far, for fewer variables of the same model, or by other options.
     """
 
     def __init__(self, variables: Sequence[Any], options: Options, before: State | None) -> None:
@@ -98,17 +103,23 @@ class State(Kept, tf.Module):  # type: ignore[misc]
                 self.sums = [
                     kept("sums", v, partial(tf.zeros, v.shape, _wide(v.dtype))) for v in variables
                 ]
-                self.position = _variable(tf.zeros([], tf.int64), variables[0])
-                self.found = [_variable(tf.zeros([]), variables[0]) for _ in range(3)]
+                if before is not None and before.sums:
+                    self.position, self.found = before.position, before.found
+                else:
+                    self.position = _variable(tf.zeros([], tf.int64), variables[0])
+                    self.found = [_variable(tf.zeros([]), variables[0]) for _ in range(3)]
             if options.ema_decay is not None:
                 self.averages = [
                     kept("averages", v, partial(tf.cast, v, _wide(v.dtype))) for v in variables
                 ]
 
     def serves(self, variables: Sequence[Any], options: Options) -> bool:
-        """Whether it keeps what these options ask for, for exactly these variables."""
+        """Whether it keeps what these options ask for, for all these variables."""
         asked = (options.accumulation_steps > 1, options.ema_decay is not None)
-        return asked == (bool(self.sums), bool(self.averages)) and _same(self.stepped, variables)
+        known = set(map(id, self.stepped))
+        return asked == (bool(self.sums), bool(self.averages)) and known.issuperset(
+            map(id, variables)
+        )
 
     def part(self, own: Callable[[Any], Any]) -> Kept:
         """One replica's of it; `own` gives that replica's part of a mirrored variable."""
@@ -119,10 +130,6 @@ class State(Kept, tf.Module):  # type: ignore[misc]
             made.position = own(self.position)
             made.found = [own(variable) for variable in self.found]
         return made
-
-
-def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _variable(value: Any, beside: Any) -> Any:

@@ -250,6 +250,9 @@ def _state(model: Any, options: Options) -> State | None:
     before = state if isinstance(state, State) else None
     variables = [optimizers.tf_variable(owner) for owner in model.trainable_variables]
     if before is None or not before.serves(variables, options):
+        wanted = {id(v) for v in (*variables, *(before.stepped if before else ()))}
+        every = [optimizers.tf_variable(owner) for owner in model.variables]
+        variables = [variable for variable in every if id(variable) in wanted]
         model.update_state = before = State(variables, options, before)
     return before
 
