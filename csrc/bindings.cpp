@@ -271,6 +271,20 @@ std::vector<std::string> names_of_rules() {
   return names;
 }
 
+// The hypers of a step and the new values of the counted scalars, of the step count, the group's
+// numbers and the counted scalars.
+std::vector<double> prepare(const std::string& rule, const std::vector<double>& numbers) {
+  const cpu::RuleInfo& info = passes().rules[index_of_rule(rule)];
+  const auto taken = static_cast<size_t>(info.numbers + info.counted);
+  if (numbers.size() != taken) {
+    throw py::value_error("rule '" + rule + "' prepares " + std::to_string(taken) +
+                          " numbers, not " + std::to_string(numbers.size()));
+  }
+  std::vector<double> hypers(static_cast<size_t>(info.hypers + info.counted));
+  info.prepare(numbers.data(), hypers.data());
+  return hypers;
+}
+
 // What each stage of a rule reads and writes, as bits: parameter, gradient, then its states.
 std::vector<std::pair<unsigned, unsigned>> stages(const std::string& rule) {
   const cpu::RuleInfo& info = passes().rules[index_of_rule(rule)];
@@ -351,6 +365,7 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   m.def("isas", &names_of_isas);
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("rules", &names_of_rules);
+  m.def("prepare", &prepare, py::arg("rule"), py::arg("numbers"));
   m.def("stages", &stages, py::arg("rule"));
   m.def("digests", &digests_of_rules);
   m.def("build_info", &build_info);

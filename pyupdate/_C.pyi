@@ -146,6 +146,12 @@ def use_isa(name: str) -> None:
 def rules() -> list[str]:
     """The rules that are compiled in."""
 
+def prepare(rule: str, numbers: Sequence[float]) -> list[float]:
+    """What the `prepare` of a rule makes of the step count, the numbers and the counted scalars.
+
+    The hypers, then the new values of those scalars; ValueError for another count of numbers.
+    """
+
 def stages(rule: str) -> list[tuple[int, int]]:
     """What each stage of a rule reads and writes, as bits: parameter, gradient, then its states."""
 

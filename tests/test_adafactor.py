@@ -16,7 +16,7 @@ from torch import nn
 
 import pyupdate
 from pyupdate.kernels import composite
-from pyupdate.optim import Adafactor, adafactor_stacks
+from pyupdate.optim import Adafactor, adafactor_packs, adafactor_stacks
 from pyupdate.pytorch.step import engine_of, last_step
 
 SHAPES = ((), (1,), (7,), (8, 3), (33, 2), (2, 3, 4), (1025,), (8, 3), (7,), (), (1, 1))
@@ -31,11 +31,11 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=["arrays", "tensors", "blocks", "device"])
+@pytest.fixture(params=["packs", "stacks", "blocks", "device"])
 def sweeps(request, monkeypatch):
-    """How a sweep goes: over arrays, over tensors, as if they were large, as if on a GPU."""
-    if request.param != "arrays":
-        monkeypatch.setattr(adafactor_stacks, "_SMALL", 0)
+    """How a sweep goes: over packs, over stacks, as if they were large, as if on a GPU."""
+    if request.param != "packs":
+        monkeypatch.setattr(adafactor_packs, "SMALL", 0)
     if request.param in ("blocks", "device"):
         monkeypatch.setattr(adafactor_stacks, "BLOCK", 8)
     if request.param == "device":
@@ -184,16 +184,20 @@ def test_layouts_make_no_difference(backend, sweeps):
     assert torch.equal(room[:, :8:2], within) and not room[:, 1::2].any()
 
 
-def test_long_sums_are_as_good_as_short_ones(backend):
-    shape = (1000, 1030)
+@pytest.mark.parametrize("shape", [(1000, 1030), (30_000, 2), (1, 60_000), (60_000,)], ids=str)
+def test_long_sums_are_as_good_as_short_ones(shape, backend):
     (param,), (twin,) = params_of(torch.float32, [shape]), params_of(torch.float32, [shape])
     wide = nn.Parameter(twin.detach().double())
     param.grad = values(2, torch.float32, [shape])[0]
     wide.grad = param.grad.double()
-    Adafactor([param], lr=0.5).step()
-    torch.optim.Adafactor([wide], lr=0.5, eps=(torch.finfo(torch.float32).eps, 1e-3)).step()
+    ours, truth = Adafactor([param], lr=0.5), torch.optim.Adafactor([wide], lr=0.5)
+    truth.param_groups[0]["eps"] = (torch.finfo(torch.float32).eps, 1e-3)
+    ours.step()
+    truth.step()
     scale = twin.detach().abs() + (twin.detach() - wide.detach()).abs()
     assert_close(param, wide, scale.float(), "long")
+    for key, value in truth.state[wide].items():
+        assert_close(ours.state[param][key], value, value.abs(), key)
 
 
 def test_what_is_kept_for_the_next_step_is_no_state(sweeps):
@@ -234,7 +238,8 @@ def test_a_parameter_that_changes_its_group_takes_that_ones_numbers(sweeps):
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3)], ids=str)
-def test_operations_do_not_grow_with_the_number_of_equal_shapes(shape):
+@pytest.mark.parametrize("kind", ["packs", "stacks", "packs of different shapes"])
+def test_operations_do_not_grow_with_the_number_of_parameters(shape, kind, monkeypatch):
     class Counting(torch.overrides.TorchFunctionMode):
         calls = 0
 
@@ -245,13 +250,18 @@ def test_operations_do_not_grow_with_the_number_of_equal_shapes(shape):
                 self.calls += 1
             return func(*args, **(kwargs or {}))
 
+    if kind == "stacks":
+        monkeypatch.setattr(adafactor_packs, "SMALL", 0)
+
     def calls_of(count: int) -> int:
         from pyupdate.optim.adafactor import _finish
 
-        params = params_of(torch.float32, [shape] * count)
+        more = range(count) if "different" in kind else [0] * count
+        shapes = [(shape[0] + i, *shape[1:]) for i in more]
+        params = params_of(torch.float32, shapes)
         optimizer = Adafactor(params)
         for seed in (2, 3):
-            give(params, values(seed, torch.float32, [shape] * count))
+            give(params, values(seed, torch.float32, shapes))
             optimizer.step()
         (plan,) = engine_of(optimizer).plans.values()
         last = last_step(optimizer)
@@ -263,7 +273,25 @@ def test_operations_do_not_grow_with_the_number_of_equal_shapes(shape):
     assert calls_of(9) == calls_of(2) > 0
 
 
+def test_of_one_element_there_are_two_averages():
+    """More of them than elements, in a pack that follows a smaller one."""
+    shapes = ((1, 1), (1, 1), (1, 1), (1, 1))
+    params, twins = params_of(torch.float64, shapes), params_of(torch.float64, shapes)
+    groups = [[{"params": of[:1]}, {"params": of[1:]}] for of in (params, twins)]
+    ours, theirs = Adafactor(groups[0], lr=0.5), torch.optim.Adafactor(groups[1], lr=0.5)
+    for seed in (2, 3, 4):
+        give(params, values(seed, torch.float64, shapes))
+        give(twins, values(seed, torch.float64, shapes))
+        ours.step()
+        theirs.step()
+    for param, twin in zip(params, twins, strict=True):
+        assert_close(param, twin, 1.0 + twin.detach().abs(), "one element")
+        for key, value in theirs.state[twin].items():
+            assert_close(ours.state[param][key], value, value.abs(), key)
+
+
 def test_large_stacks_are_parted_without_a_difference(monkeypatch):
+    monkeypatch.setattr(adafactor_packs, "SMALL", 0)
     made = []
     for most in (2**20, 20):
         monkeypatch.setattr(adafactor_stacks, "BLOCK", most)
@@ -273,6 +301,58 @@ def test_large_stacks_are_parted_without_a_difference(monkeypatch):
         made.append(params)
     for one, other in zip(*made, strict=True):
         assert_close(one, other, other.detach().abs(), "parted")
+
+
+MIXED = (
+    (2, 3, 4),
+    (7,),
+    (8, 3),
+    (),
+    (33, 2),
+    (1, 5),
+    (3, 4),
+    (2, 2, 3, 4),
+    (1100,),
+    (5, 1),
+    (70, 30),
+    (5, 4, 3, 3),
+    (2, 3, 3),
+    (6, 4, 4, 1),
+    (1, 4, 1),
+)
+"""Some made of matrices of one shape, many or few; sums of more than one run."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("most", [2**17, 40])
+def test_company_in_a_pack_makes_no_difference(dtype, most, monkeypatch, backend):
+    """Of other shapes, other step counts and other layouts of gradients and state."""
+    monkeypatch.setattr(adafactor_packs, "PACK", most)
+    options: dict[str, Any] = {"lr": 0.75, "weight_decay": 0.25, "beta2_decay": -0.5}
+    options |= {"clip_value": 1.5, "maximize": True}
+    params, twins = params_of(dtype, MIXED), params_of(dtype, MIXED)
+    together, alone = Adafactor(params, **options), [Adafactor([p], **options) for p in twins]
+    for seed in range(2, 7):
+        grads: list[Any] = values(seed, dtype, MIXED)
+        if seed == 3:
+            grads[::2] = [None] * len(grads[::2])  # these are a step behind
+        if seed == 5:
+            grads = [torch.stack([grad, grad], -1)[..., 0] for grad in grads]
+            state = together.state[params[2]]
+            state["row_var"] = torch.stack([state["row_var"]] * 2, -1)[..., 0]
+        for param, twin, grad in zip(params, twins, grads, strict=True):
+            param.grad, twin.grad = grad, None if grad is None else grad.clone()
+        together.step()
+        for one in alone:
+            one.step()
+    for param, twin, one in zip(params, twins, alone, strict=True):
+        what = f"{tuple(param.shape)} in company"
+        assert_same_bits(param.detach(), twin.detach(), what)
+        for key, value in one.state[twin].items():
+            assert_same_bits(together.state[param][key], value, f"{key} of {what}")
+    every = engine_of(together).known.swept
+    packs = [one for one in every if isinstance(one, adafactor_packs.Pack)]
+    assert packs == every and (len(packs) > 3) == (most == 40)
 
 
 # ----- refusals -----------------------------------------------------------------------------------
@@ -480,20 +560,22 @@ def test_state_goes_to_torch_and_back_in_the_middle(backend):
     assert saved["param_groups"][0].keys() == truth.state_dict()["param_groups"][0].keys()
 
 
-def test_steps_that_were_not_counted_together(backend):
-    """One parameter had no gradient at first: its schedule is one step behind."""
-    params, twins = (params_of(torch.float64, [(4, 3), (4, 3)]) for _ in range(2))
-    ours = Adafactor(params, lr=0.75, beta2_decay=-0.5)
-    theirs = torch.optim.Adafactor(twins, lr=0.75, beta2_decay=-0.5)
+def test_steps_that_were_not_counted_together(backend, sweeps):
+    """Some parameters had no gradient at first: their schedule is one step behind."""
+    shapes = ((4, 3), (4, 3), (5,), (2, 3, 2), (5,))
+    params, twins = (params_of(torch.float64, shapes) for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.75, "beta2_decay": -0.5, "weight_decay": 0.25}
+    ours, theirs = Adafactor(params, **options), torch.optim.Adafactor(twins, **options)
     for seed in (2, 3):
-        grads = values(seed, torch.float64, [(4, 3), (4, 3)])
+        grads = values(seed, torch.float64, shapes)
         give(params, grads)
         give(twins, grads)
         if seed == 2:
-            params[1].grad = twins[1].grad = None
+            for late in (*params[1:3], *twins[1:3]):
+                late.grad = None
         ours.step()
         theirs.step()
-    assert [float(ours.state[param]["step"]) for param in params] == [2.0, 1.0]
+    assert [float(ours.state[param]["step"]) for param in params] == [2.0, 1.0, 1.0, 2.0, 2.0]
     for param, twin in zip(params, twins, strict=True):
         assert_close(param, twin, 1.0 + twin.detach().abs(), "uneven")
 
@@ -551,18 +633,21 @@ def test_the_pass_runs_compiled(compiled):
     assert plan.backends == ("cpu",)
 
 
-def test_update_model_leaves_a_stock_one_to_torch_unless_it_was_accelerated():
-    # Torch's loop is the faster one on a few small matrices of different shapes.
-    model = pyupdate.build(torch.nn.Linear(3, 2), lambda p: torch.optim.Adafactor(p))
+def test_update_model_steps_a_stock_one_unasked(backend):
+    model = pyupdate.build(nn.Linear(3, 2), lambda p: torch.optim.Adafactor(p))
     optimizer: Any = model.current_optimizer
-    twin = torch.nn.Linear(3, 2)
-    twin.load_state_dict(model.state_dict())
-    truth = torch.optim.Adafactor(twin.parameters())
-    x = torch.ones(4, 3)
-    pyupdate.update_model(model, model(x) ** 2)
-    (twin(x) ** 2).mean().backward()
-    truth.step()
+    twin = copy.deepcopy(nn.Sequential(model))[0]
+    truth = Adafactor(twin.parameters())
+    x = values(2, torch.float32, [(4, 3)])[0]
+    for _ in range(2):
+        pyupdate.update_model(model, model(x) ** 2)
+        truth.zero_grad()
+        (twin(x) ** 2).mean().backward()
+        truth.step()
     assert type(optimizer) is torch.optim.Adafactor
-    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(param, expected)
-    assert isinstance(pyupdate.accelerate(optimizer), pyupdate.optim.Adafactor)
+    assert last_step(optimizer) is not None
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_same_bits(param.detach(), other.detach(), "stock")
+        for key, value in truth.state[other].items():
+            assert_same_bits(optimizer.state[param][key], value, key)
+    assert isinstance(pyupdate.accelerate(optimizer), Adafactor)

@@ -21,6 +21,9 @@ from ways import optimizer_of, plan_of, ways
 
 import pyupdate
 from pyupdate import backends
+from pyupdate.backends import cpu
+from pyupdate.kernels.language import Rule
+from pyupdate.kernels.rules import RULES
 from pyupdate.pytorch.step import last_step
 
 ADAMW = next(case for case in FULL if case.name == "adamw")
@@ -335,3 +338,33 @@ def test_available_names_every_back_end_with_its_reason(compiled):
     assert found["cuda"] is None or any(w in found["cuda"] for w in ("not built", "CUDA device"))
     assert found["cpu"] is None and found["reference"] is None
     assert found["triton"] is None or "triton" in found["triton"] or "GPU" in found["triton"]
+
+
+def test_what_a_step_prepares_is_compiled_to_the_bits_of_the_text(compiled, monkeypatch):
+    numbers = [0.75, 0.5, 0.25, 0.125, 0.875, 0.375, 0.625, 0.0625]
+    wanted = {}
+    for rule in (rule for rule in RULES.values() if not rule.counted):
+        given = numbers[: len(rule.numbers)]
+        wanted[rule.name] = [rule.prepared(step, given, {})[0] for step in (1, 2, 7, 1000)]
+    assert "adafactor" in wanted
+
+    def found() -> dict[str, list[dict[str, float]]]:
+        return {
+            name: [
+                cpu.prepared(RULES[name], step, numbers[: len(RULES[name].numbers)])
+                for step in (1, 2, 7, 1000)
+            ]
+            for name in wanted
+        }
+
+    with pyupdate.use_backend("reference"):
+        assert found() == wanted
+
+    def refused(*_: Any) -> Any:
+        message = "the text was run"
+        raise AssertionError(message)
+
+    monkeypatch.setattr(Rule, "prepared", refused)
+    assert found() == wanted
+    with pytest.raises(ValueError, match="rule 'adafactor' prepares 4 numbers, not 3"):
+        compiled.prepare("adafactor", numbers[:3])

@@ -5,8 +5,8 @@ Shazeer and Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memor
 arXiv:1804.04235, in the variant that torch has.
 
 A composite. A planned pass unscales, checks, clips, skips and counts as everywhere; the sweeps of
-`adafactor_passes.py` follow, stack by stack of parameters of one shape. Here stands what is
-refused, and what is known from step to step.
+`adafactor_passes.py` follow, pack by pack of small parameters and stack by stack of others of one
+shape. Here stands what is refused, and what is known from step to step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from ..pytorch import checks
 from ..pytorch import state as states
 from ..pytorch import step as engine
 from ..pytorch.rows import NO_NUMBER, Group, Row, has_state, number_of, require
-from . import adafactor_passes, adafactor_stacks
+from . import adafactor_packs, adafactor_passes, adafactor_stacks
+from .adafactor_packs import Pack
 from .adafactor_passes import Numbers
 from .adafactor_stacks import Scratch, Stack
 from .planned import Planned, planned
@@ -79,11 +80,11 @@ class _Found:
 
 
 class _Known:
-    """What a step found good, how it is stacked, and memory that the sweeps share."""
+    """What a step found good, what it is swept as, and memory that the sweeps share."""
 
     def __init__(self, scratches: dict[Any, Scratch]) -> None:
         self.found: _Found | None = None
-        self.stacks: list[Stack] = []
+        self.swept: list[Stack | Pack] = []
         self.scratches = scratches
 
     def remember(self, found: _Found, state: Any, rows: Sequence[Row]) -> None:
@@ -96,7 +97,7 @@ class _Known:
         count = len(found.grads)
         self._grads, states = extents[:count], extents[2 * count :]
         self._states = states[states[:, 0].argsort()]
-        self.stacks = _stacked(state, rows, self.scratches)
+        self.swept = _swept(state, rows, self.scratches)
         found.touched = []
 
     def holds_for(self, found: _Found) -> bool:
@@ -187,25 +188,25 @@ def _check_anew(optimizer: Any, rows: Sequence[Row]) -> None:
 
 @torch.no_grad()
 def _finish(optimizer: Any, rows: Sequence[Row], last: LastUpdate) -> None:
-    """Move what has a gradient, stack by stack."""
+    """Move what has a gradient, pack by pack and stack by stack."""
     options = engine.options_of(optimizer)
     known: _Known = engine.engine_of(optimizer).known
-    stacks = known.stacks
+    every = known.swept
     if known.found is None:
         for row in rows:
             if row.param.grad is not None:
                 _make_state(row.param, optimizer.state[row.param], options.state_dtype)
-        stacks = _stacked(optimizer.state, rows, known.scratches)
+        every = _swept(optimizer.state, rows, known.scratches)
     read: dict[Any, Numbers] = {}
     with np.errstate(all="ignore"):  # as torch, and inf and nan are no news here
-        for stack in stacks:
-            like = stack.like
-            numbers = read.get((stack.group, like.dtype, like.device))
+        for swept in every:
+            like = swept.like
+            numbers = read.get((swept.group, like.dtype, like.device))
             if numbers is None:
-                group = optimizer.param_groups[stack.group]
+                group = optimizer.param_groups[swept.group]
                 numbers = Numbers(group, like, last.multiplier, options.clip_value)
-                read[stack.group, like.dtype, like.device] = numbers
-            adafactor_passes.step(stack, numbers)
+                read[swept.group, like.dtype, like.device] = numbers
+            adafactor_passes.step(swept, numbers)
 
 
 def _make_state(param: Tensor, inner: dict[str, Any], wanted: torch.dtype | None) -> None:
@@ -215,55 +216,61 @@ def _make_state(param: Tensor, inner: dict[str, Any], wanted: torch.dtype | None
             inner[key] = param.detach().new_zeros(shape, dtype=dtype)
 
 
-def _stacked(state: Any, rows: Sequence[Row], scratches: dict[Any, Scratch]) -> list[Stack]:
-    """What has a gradient and elements, stacked; of what is large, each by itself.
+def _swept(state: Any, rows: Sequence[Row], scratches: dict[Any, Scratch]) -> list[Stack | Pack]:
+    """What has a gradient and elements: the small packed, the rest stacked, the large alone.
 
     The scratches are made anew where they are not of the size that is needed.
     """
     alike: dict[Any, list[Tensor]] = {}
-    together: list[tuple[int, list[Tensor]]] = []
+    together: list[tuple[Any, list[Tensor]]] = []
     for row in rows:
         param = row.param
         if param.grad is None or param.numel() == 0:
             continue
         step = state[param]["step"]
-        key = (row.group, param.shape, param.dtype, param.device, step.shape, step.device)
+        key = (row.group, param.dtype, param.device, step.shape, step.device, param.shape)
         params = alike.get(key)
         if params is None or (len(params) + 1) * param.numel() > adafactor_stacks.BLOCK:
             params = alike[key] = []
-            together.append((row.group, params))
+            together.append((key[:-1], params))
         params.append(param)
+    packed, stacked = adafactor_packs.parted(together)
     inference = torch.is_inference_mode_enabled()  # what is made in it cannot be written outside
-    kinds = [(states.compute_type(of[0]), of[0].device, inference) for _, of in together]
     sizes: dict[Any, int] = {}
-    for kind, (_, params) in zip(kinds, together, strict=True):
-        sizes[kind] = max(sizes.get(kind, 0), adafactor_stacks.elements(params))
+    made: list[tuple[Any, Any, int, list[Tensor]]] = []
+    for make, count, several in (
+        (Pack, adafactor_packs.elements, packed),
+        (Stack, adafactor_stacks.elements, stacked),
+    ):
+        for group, params in several:
+            kind = states.compute_type(params[0]), params[0].device, inference
+            sizes[kind] = max(sizes.get(kind, 0), count(params))
+            made.append((make, kind, group, params))
     fitting = {kind: one for kind, one in scratches.items() if one.count == sizes.get(kind)}
     scratches.clear()
     for kind, size in sizes.items():
         scratches[kind] = fitting.get(kind) or Scratch(kind[0], kind[1], size)
     return [
-        Stack(group, params, [state[param] for param in params], scratches[kind])
-        for kind, (group, params) in zip(kinds, together, strict=True)
+        make(group, params, [state[param] for param in params], scratches[kind])
+        for make, kind, group, params in made
     ]
 
 
-# Torch's loop takes half the time on a few small matrices of different shapes (0.1 ms and 0.2).
 @planned(
     _adafactor,
     counts_steps=True,
     check=_check,
     finish=_finish,
     lacks=("ema_decay", "stochastic_rounding"),
-    unasked=False,
 )
 class Adafactor(Planned, torch.optim.Adafactor):
     """``torch.optim.Adafactor`` (Shazeer and Stern 2018, arXiv:1804.04235).
 
     Of a parameter of two and more dimensions the state is a number a row and one a column, so it
-    takes next to no memory. Small parameters of one shape are stepped together, large ones where
-    they lie, in blocks of 2^20 elements; a step reads and writes each parameter a constant number
-    of times, and takes the sums of its rows and columns. Three such blocks are kept between steps.
+    takes next to no memory. Small parameters are stepped together, on a CPU whatever their shapes,
+    large ones where they lie, in blocks of 2^20 elements; a step reads and writes each parameter a
+    constant number of times, and takes the sums of its rows and columns. Three such blocks are kept
+    between steps, and of what is small as much as it has of state.
 
     ``ema_decay`` and ``stochastic_rounding`` cannot be had. A failure for want of memory may leave
     a step counted, or an average moved, whose move was not made. ``eps=(None, ...)`` means the

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a sweep of Adafactor goes over: parameters of one shape, where they lie, and by whose calls.
 
-Small parameters are copied together, a large one is taken where it lies, in blocks of its first
-dimension. The memory for it is kept between steps: three blocks at most, whatever the model.
+Parameters of one shape are copied together, a large one is taken where it lies, in blocks of its
+first dimension. The memory for it is kept between steps: three blocks at most, whatever the model.
+What is small, of whatever shape, goes into a pack instead (`adafactor_packs.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,6 @@ from ..pytorch import checks
 BLOCK = 2**20
 """Elements of a block: 4 MiB of float32, which stay in a CPU's last cache from sweep to sweep."""
 
-_SMALL = 2**14
-"""Up to so many elements are swept by numpy on a CPU, in one thread: a call of it takes half a
-microsecond and one of torch's two, by which a few small matrices took twice the time of torch's."""
-
 _RUN = 1024
 """So many squares are added up in the compute type, and the runs in fp64. For 1024 x 1024 it takes
 84 us, a norm of the whole 128, which of 2 million elements was off by 340 roundings."""
@@ -34,6 +31,11 @@ class Torch:
 
     library = "torch"  # that the texts for what is small are bound to
     multiply, subtract, divide = torch.mul, torch.sub, torch.div
+
+    @staticmethod
+    def of_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Any:
+        """Some numbers as they take them."""
+        return torch.tensor(values, dtype=torch.float64).to(device, dtype)
 
     @staticmethod
     def of_tensor(values: Tensor) -> Any:
@@ -80,43 +82,11 @@ class TorchOnCpu(Torch):
     of_tensor = small = staticmethod(Tensor.numpy)  # type: ignore[assignment]
     to_tensor = operand = staticmethod(torch.from_numpy)  # type: ignore[assignment]
 
-
-class Numpy:
-    """The calls of a sweep over arrays."""
-
-    multiply, subtract, divide = np.multiply, np.subtract, np.divide
-    of_tensor = staticmethod(Tensor.numpy)
-    to_tensor = staticmethod(torch.from_numpy)
-
     @staticmethod
-    def small(values: Any) -> Any:
-        """As it is."""
-        return values
-
-    operand = small
-
-    @staticmethod
-    def rounded(values: Any, dtype: torch.dtype) -> Any:
-        """An operand in the compute type."""
-        return values if dtype is torch.float64 else values.astype(np.float32)
-
-    @staticmethod
-    def sum(values: Any, dim: int) -> Any:
-        """Of a dimension, which stays."""
-        return np.add.reduce(values, dim, keepdims=True)
-
-    @staticmethod
-    def clip(values: Any, least: float | None, most: float | None, out: Any) -> Any:
-        """A nan stays one."""
-        if least is not None:
-            values = np.maximum(values, values.dtype.type(least), out=out)
-        return values if most is None else np.minimum(values, values.dtype.type(most), out=out)
-
-    @staticmethod
-    def norm(runs: Sequence[Any]) -> Any:
-        """That of each parameter, in fp64; of `_runs`."""
-        squares = sum(np.add.reduce(run * run, -1).sum(-1, dtype=np.float64) for run in runs)
-        return np.sqrt(squares)
+    def of_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Any:
+        """Some numbers as an array."""
+        del device
+        return np.array(values, dtype=np.float64 if dtype is torch.float64 else np.float32)
 
 
 def calls_on(device: torch.device) -> Any:
@@ -133,12 +103,17 @@ class Scratch:
         self._device = device
         self._kept: dict[str, Tensor] = {}
 
+    def flat(self, purpose: str, count: int) -> Tensor:
+        """Memory for so many elements."""
+        flat = self._kept.get(purpose)
+        if flat is None or flat.numel() < count:
+            flat = torch.empty(count, dtype=self._dtype, device=self._device)
+            self._kept[purpose] = flat
+        return flat[:count]
+
     def take(self, purpose: str, like: Tensor) -> Tensor:
         """Memory for as many elements, in the same order if those fill theirs, to compute in."""
-        flat = self._kept.get(purpose)
-        if flat is None:
-            flat = torch.empty(self.count, dtype=self._dtype, device=self._device)
-            self._kept[purpose] = flat
+        flat = self.flat(purpose, self.count)
         if like.is_contiguous() or not checks.is_dense(like):
             return flat[: like.numel()].view(like.shape)
         return flat.as_strided(like.shape, like.stride())
@@ -160,11 +135,11 @@ class Stack:
         self.group = group
         self.like = params[0]
         self.shape = tuple(params[0].shape) or (1,)
-        self.is_vector = len(self.shape) == 1
-        self.blocks = _blocks(params)
+        self._is_vector = len(self.shape) == 1
+        self._blocks = _blocks(params)
         self.steps = [one["step"] for one in inner]
-        keys = ("variance",) if self.is_vector else ("row_var", "col_var")
-        self.stored = {key: [one[key] for one in inner] for key in keys}
+        keys = ("variance",) if self._is_vector else ("row_var", "col_var")
+        self._stored = [[one[key] for one in inner] for key in keys]
         self._owners = params
         self._params = [param.detach() for param in params]
         self._scratch = scratch
@@ -181,27 +156,23 @@ class Stack:
         self._copies = taken
         self._runs_of_roots = [_runs(root) for root in self.roots]
         self._runs_of_params = [_runs(one) for one in taken]
-        self._params_at: list[Any] = taken
         self.calls = calls_on(params[0].device)
-        if self.calls.library == "numpy" and elements(params) <= _SMALL:
-            self.calls = Numpy
-            self.roots = _as_arrays(self.roots)
-            self._params_at = _as_arrays(taken)
-            self._runs_of_roots = [*map(_as_arrays, self._runs_of_roots)]
-            self._runs_of_params = [*map(_as_arrays, self._runs_of_params)]
+        self.root_of_count = math.sqrt(math.prod(self.shape))
+        self._row_sums: list[Any] = []
+        self._col_sums: list[Any] = []
 
     def _parted(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Block by block what is there of the one tensor; of several, what is alike to all."""
         first = tensors[0].view(1, *self.shape)
         if len(tensors) > 1:
             return [first.expand(len(tensors), *self.shape)]
-        return [first] if len(self.blocks) == 1 else [first[:, block] for block in self.blocks]
+        return [first] if len(self._blocks) == 1 else [first[:, block] for block in self._blocks]
 
     def param(self, at: int) -> Any:
         """Block `at` of the parameters, to be written: themselves where they can be, or a copy."""
         if self._is_copied:
             _load(self._copies[at], self._params, self._places[at])
-        return self._params_at[at]
+        return self._copies[at]
 
     def store(self, at: int) -> None:
         """Round what `param` gave to where the parameters lie, where it was a copy."""
@@ -222,8 +193,6 @@ class Stack:
                 _load(copy, grads, place)
                 place = copy
         given: Any = place
-        if self.calls is Numpy:
-            given, grad = place.numpy(), grad.numpy()
         if multiplier is not None:
             given = self.calls.multiply(given, multiplier, out=grad)
         if clip_value is not None:
@@ -237,6 +206,60 @@ class Stack:
     def norm_of_root(self, at: int) -> Any:
         """That of what stands in `roots`."""
         return self.calls.norm(self._runs_of_roots[at])
+
+    def add_up(self, at: int, squares: Any) -> None:
+        """Take the sums of squares over rows and over columns of block `at`, of each in turn."""
+        if at == 0:
+            self._row_sums, self._col_sums = [], []
+        if self._is_vector:
+            self._col_sums.append(squares)
+        else:
+            self._row_sums.append(self.calls.sum(squares, -1))
+            self._col_sums.append(self.calls.sum(squares, -2))
+
+    def averages(self) -> list[tuple[Any, Any]]:
+        """R and C, or V, as they were, each with what enters it."""
+        means = self._col_sums
+        if not self._is_vector:
+            height, width = self.shape[-2:]
+            # Blocks of a matrix have parts of all columns, those of more dimensions some columns.
+            of_cols = joined(self._col_sums, 1)
+            if len(self._col_sums) > 1 and len(self.shape) == 2:
+                of_cols = self.calls.sum(of_cols, 1)
+            means = [joined(self._row_sums, 1) / width, of_cols / height]
+        self._row_sums, self._col_sums = [], []
+        before = [one[0] if len(one) == 1 else torch.stack(one) for one in self._stored]
+        return [
+            (self.calls.of_tensor(old.view(new.shape).to(new.dtype)), self.calls.small(new))
+            for old, new in zip(before, means, strict=True)
+        ]
+
+    def keep_averages(self, after: Sequence[Any]) -> None:
+        """Round R and C, or V, to the states."""
+        for stored, values in zip(self._stored, after, strict=True):
+            store(stored, self.calls.to_tensor(values))
+
+    def rows_and_others(self, after: Sequence[Any]) -> tuple[Any, Any]:
+        """R and C, or None and V."""
+        return (None, after[0]) if self._is_vector else (after[0], after[1])
+
+    def mean_of_rows(self, row_var: Any) -> Any:
+        """The mean of R of each matrix, beside its rows."""
+        return (row_var[..., 0].sum(-1) / self.shape[-2])[..., None, None]
+
+    def spread(self, at: int, of_rows: Any, others: Any) -> Any:
+        """The roots of the elements of block `at`, in their place or where V's stand."""
+        if of_rows is None:
+            return others
+        block = self._blocks[at]
+        of_cols = others if len(self.shape) == 2 else others[:, block]
+        return self.calls.multiply(of_rows[:, block], of_cols, out=self.roots[at])
+
+    def of_elements(self, values: Any) -> Any:
+        """Numbers of each parameter, or one of all, beside their elements."""
+        return values.reshape(-1, *(1 for _ in self.shape))
+
+    of_averages = of_elements  # and beside their averages
 
 
 def _load(copy: Tensor, tensors: Sequence[Tensor], place: Tensor) -> None:
@@ -257,10 +280,6 @@ def store(tensors: Sequence[Tensor], values: Tensor) -> None:
 def joined(parts: Sequence[Any], dim: int) -> Any:
     """The results of blocks, one behind the other."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _as_arrays(tensors: Sequence[Tensor]) -> list[Any]:
-    return [tensor.numpy() for tensor in tensors]
 
 
 def _runs(values: Tensor) -> list[Any]:

@@ -44,14 +44,13 @@ def planned(
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None,
     check: Callable[[Any, Sequence[Row]], None] | None = None,
     lacks: tuple[str, ...] = (),
-    unasked: bool = True,
 ) -> Callable[[_P], _P]:
     """Declare of a class which rule steps its groups, and whether it keeps ``state[p]["step"]``.
 
-    `finish`, `check`, `lacks` and `unasked` are what `OptimizerRow` says.
+    `finish`, `check` and `lacks` are what `OptimizerRow` says.
     A class on one of ``torch.optim`` also becomes what `accelerate` makes of that one.
     """
-    row = OptimizerRow(rule, counts_steps, finish, check, lacks, unasked)
+    row = OptimizerRow(rule, counts_steps, finish, check, lacks)
 
     def declare(cls: _P) -> _P:
         engine.ROWS[cls] = row

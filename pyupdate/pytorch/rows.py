@@ -40,8 +40,6 @@ class OptimizerRow:
         check: what it refuses of the optimizer and the plan's rows before anything is done, beside
             what every step refuses.
         lacks: the options that it cannot be had with.
-        unasked: whether `update_model` steps a stock optimizer of torch's by it, too; not where
-            torch's own step may be the faster one.
     """
 
     rule: Callable[[Group], Rule]
@@ -49,7 +47,6 @@ class OptimizerRow:
     finish: Callable[[Any, Sequence[Row], LastUpdate], None] | None = None
     check: Callable[[Any, Sequence[Row]], None] | None = None
     lacks: tuple[str, ...] = ()
-    unasked: bool = True
 
 
 @dataclass(frozen=True)

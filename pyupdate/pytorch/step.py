@@ -88,8 +88,7 @@ def has_rule(optimizer: object) -> bool:
         return False
     if isinstance(optimizer, Planned):
         return True
-    row = ROWS.get(type(optimizer))
-    return row is not None and row.unasked and is_as_made(optimizer)
+    return type(optimizer) in ROWS and is_as_made(optimizer)
 
 
 def is_as_made(optimizer: Optimizer) -> bool:
