@@ -40,7 +40,7 @@ def attach(
         model_name = kept if isinstance(kept, str) and kept else new_name(type(model).__name__)
     owners = list(model.trainable_variables)
     if owners:  # else at the first update: the model has not seen data yet
-        halves.make_state(made, owners, model_name)
+        halves.make_state(made, owners, list(map(optimizers.tf_variable, owners)), model_name)
     model.current_optimizer = made
     model.model_name = model_name
     model.update_options = options

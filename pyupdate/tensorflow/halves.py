@@ -41,9 +41,19 @@ class Halves:
             variable.assign(tf.cast(copy, variable.dtype))
 
 
-def make_state(optimizer: Any, model_variables: Sequence[Any], name: str) -> None:
-    """Give an optimizer its state, in float32 for variables in half precision."""
-    halves = [v for v in model_variables if optimizers.tf_variable(v).dtype.size == 2]
+def make_state(
+    optimizer: Any, model_variables: Sequence[Any], variables: Sequence[Any], name: str
+) -> None:
+    """Give an optimizer its state, in float32 for variables in half precision.
+
+    Args:
+        optimizer: one that has it or not.
+        model_variables: the model's.
+        variables: the ``tf.Variable`` of each: Keras asks 2 us for one.
+        name: the model's.
+    """
+    each = zip(model_variables, variables, strict=True)
+    halves = [v for v, variable in each if variable.dtype.size == 2]
     if optimizers.is_built(optimizer):
         if halves and optimizer not in _copies:
             _log.warning(

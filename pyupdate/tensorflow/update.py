@@ -49,8 +49,8 @@ def update(
             "every layer is frozen (trainable=False)"
         )
         raise ValueError(message)
-    halves.make_state(optimizer, owners, name)
     variables = [optimizers.tf_variable(owner) for owner in owners]
+    halves.make_state(optimizer, owners, variables, name)
     scaling = loss_scale.of(optimizer)
     with gradients.not_recorded(tape):
         scale = None if scaling is None else scaling.value()
