@@ -248,6 +248,22 @@ def test_a_checkpoint_in_the_middle_of_micro_batches(
     ):
         assert same(ours, theirs)
         assert same(ours, [single] * 2)
+    # And the other way round: from one device, in the middle again, to both replicas.
+    more = [next(grads_of) for _ in range(3)]
+    give(alone, *(grad.mean(axis=0) for grad in more[0]))
+    step(more[0])
+    saved = tf.train.Checkpoint(model=alone, optimizer=alone.current_optimizer).save(
+        tmp_path / "one"
+    )
+    again(more[2])
+    tf.train.Checkpoint(model=other, optimizer=other.current_optimizer).restore(
+        saved
+    ).assert_consumed()
+    for stepped in (step, again):
+        stepped(more[1])
+    give(alone, *(grad.mean(axis=0) for grad in more[1]))
+    for ours, theirs in zip(held(strategy, model), held(strategy, other), strict=True):
+        assert same(ours, theirs)
     kept = [m.update_state.averages for m in (model, other, alone)]
     for ours, theirs, single in zip(*kept, strict=True):
         assert same(on_each(strategy, ours), on_each(strategy, theirs))
