@@ -15,6 +15,7 @@ from bits import assert_same_bits
 from cases import FULL, Case, name_of
 from test_optim import ADAMW, SIZES, assert_alike, params_of, params_values, train
 from test_oracle import bounds, gradient, sizes
+from torch import nn
 from ways import optimizer_of, ways
 
 import pyupdate
@@ -199,3 +200,72 @@ def test_a_scalar_that_torch_has_loaded_into_half_goes_on(backend):
     ours.load_state_dict(saved)
     assert ours.state[param]["mu_product"].dtype is torch.float32
     assert ours.state[param]["mu_product"] == stock.state[first]["mu_product"]
+
+
+def skip_by_option(optimizer: Any) -> None:
+    optimizer.step()
+
+
+def skip_by_scaler(optimizer: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+
+
+def skip_by_unscaled_scaler(optimizer: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+
+
+def refuse(optimizer: Any) -> None:
+    with pytest.raises(RuntimeError, match="is non-finite"):
+        optimizer.step()
+
+
+def refuse_a_gradient(optimizer: Any) -> None:
+    last = optimizer.param_groups[0]["params"][-1]
+    last.grad = torch.eye(5)[0].to_sparse()
+    with pytest.raises(TypeError, match="is sparse"):
+        optimizer.step()
+
+
+SKIPS: dict[str, tuple[dict[str, Any], Any]] = {
+    "skip_nonfinite": ({"skip_nonfinite": True}, skip_by_option),
+    "scaler": ({}, skip_by_scaler),
+    "unscaled": ({}, skip_by_unscaled_scaler),
+    "error_if_nonfinite": ({"max_norm": 1e9, "error_if_nonfinite": True}, refuse),
+    "refused": ({}, refuse_a_gradient),
+}
+
+
+@ways
+@pytest.mark.parametrize("skip", list(SKIPS))
+@pytest.mark.parametrize("case", [case for case in FULL if case.name.startswith("sgd_m")], ids=str)
+def test_momentum_that_is_loaded_after_a_skipped_first_step_goes_on(case, skip, way, backend):
+    # The skipped step saw that there is no momentum, by which SGD knows its first step.
+    def grads(params: Any, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+
+    options, make_skip = SKIPS[skip]
+    theirs = [nn.Parameter(torch.ones(5)) for _ in range(20)]  # more than are read at once
+    truth = case.torch_class(theirs, **case.options)
+    for seed in range(2):
+        grads(theirs, seed)
+        truth.step()
+    params = [nn.Parameter(param.detach().clone()) for param in theirs]
+    optimizer = optimizer_of(way, case, params, **options)
+    for param in params:
+        param.grad = torch.full((5,), torch.inf)
+    make_skip(optimizer)
+    assert all(map(torch.equal, params, theirs))
+    optimizer.load_state_dict(copy.deepcopy(truth.state_dict()))
+    for seed in (2, 3):
+        for each, of in ((optimizer, params), (truth, theirs)):
+            grads(of, seed)
+            each.step()
+    for param, other in zip(params, theirs, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)

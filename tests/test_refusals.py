@@ -278,6 +278,58 @@ def test_what_is_no_number_is_refused_before_a_byte_changes(
     assert all(torch.equal(params[0], param) for param in params)
 
 
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("wrong", [3, [], [1.0], torch.ones(2, 2)], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("AdamW", {}),
+        ("AdamW", {"ema_decay": 0.5}),
+        ("SGD", {"momentum": 0.5}),
+        ("SGD", {"momentum": 0.5, "max_norm": 1.0}),
+        ("LARS", {}),
+        ("Muon", {}),
+        ("Adafactor", {}),
+    ],
+    ids=str,
+)
+def test_state_that_is_no_dict_is_refused(name, options, wrong, steps_before, backend):
+    def made() -> tuple[list[nn.Parameter], Any]:
+        params = [nn.Parameter(torch.full((2, 2), 2.0)) for _ in range(2)]
+        return params, getattr(pyupdate.optim, name)(params, lr=0.25, **options)
+
+    def make_step(params: list[nn.Parameter], optimizer: Any, scale: float) -> None:
+        for index, param in enumerate(params):
+            param.grad = torch.tensor([[1.0, 2.0], [3.0, -1.0]]) * scale * (index + 1)
+        optimizer.step()
+
+    params, optimizer = made()
+    twins, twin = made()
+    for _ in range(steps_before):
+        make_step(params, optimizer, 1.0)
+        make_step(twins, twin, 1.0)
+    values = [param.detach().clone() for param in params]
+    first = {key: value.clone() for key, value in optimizer.state.get(params[0], {}).items()}
+    right = optimizer.state.pop(params[1], None)
+    optimizer.state[params[1]] = wrong
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"state of 'group 0, parameter 1' is a .* not a dict"):
+            make_step(params, optimizer, 3.0)
+        assert all(map(torch.equal, params, values))
+        assert optimizer.state[params[1]] is wrong
+        found = optimizer.state.get(params[0], {})
+        assert found.keys() == first.keys()
+        assert all(torch.equal(found[key], value) for key, value in first.items())
+    del optimizer.state[params[1]]
+    if right is not None:
+        optimizer.state[params[1]] = right
+    for scale in (0.5, 2.0):
+        make_step(params, optimizer, scale)
+        make_step(twins, twin, scale)
+    for param, other in zip(params, twins, strict=True):
+        assert_same_bits(param, other, name)
+
+
 @ways
 @pytest.mark.parametrize("which", ["parameter", "gradient", "state"])
 def test_memory_that_was_freed_is_refused_by_name(which, way, backend):

@@ -28,6 +28,7 @@ from ..pytorch.rows import (
     Stale,
     check_all_memory,
     check_row,
+    entry_of,
     has_state,
     lacks_average,
     mend_row,
@@ -87,7 +88,7 @@ class Part:
             mend_row(row, self._rules[row.group], inputs)
             check_row(row, self._rules[row.group], inputs)
             keys = self._rules[row.group].keys
-            inner = inputs.state.get(row.param)
+            inner = entry_of(row, inputs)
             if keys and not has_state(inner, keys, row.name):
                 lacking.append(r)
             if lacking[-1:] == [r] or lacks_average(inner, inputs):

@@ -136,6 +136,9 @@ def _check(optimizer: Any, rows: Sequence[Row]) -> None:
     """Refuse groups and state that do not fit, before anything is done."""
     for index, group in enumerate(optimizer.param_groups):
         _check_numbers(group, index)
+    for row in rows:
+        if row.param in optimizer.state:
+            checks.check_entry(optimizer.state[row.param], row.name)
     kept = engine.engine_of(optimizer)
     known = kept.known
     found = _Found(optimizer.state, rows)

@@ -68,6 +68,20 @@ def check_gradient(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
     _check_alike(param, grad, (param.dtype,), what, mend)
 
 
+def check_entry(inner: object, name: str) -> None:
+    """Refuse what stands in the place of a parameter's state and is no dict.
+
+    Raises:
+        TypeError: names the parameter, and what it is.
+    """
+    if not isinstance(inner, dict):
+        message = (
+            f"the state of '{name}' is a {type(inner).__name__}, not a dict: delete it with "
+            "optimizer.state.pop(parameter), or load a state dict that fits"
+        )
+        raise TypeError(message)
+
+
 def check_state(param: torch.Tensor, value: object, key: str, name: str) -> None:
     """Refuse state that does not belong to its parameter.
 

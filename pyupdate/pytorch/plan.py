@@ -20,7 +20,7 @@ from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
 from .new_state import make_state
 from .request import Request, Scaling, request_of
-from .rows import GroupRule, Inputs, Row
+from .rows import GroupRule, Inputs, Row, entry_of
 
 
 class Part(Protocol):
@@ -60,6 +60,8 @@ class Plan:
         self.rules = rules
         self.averages = averages
         self.choice = choice()
+        self.lacked_state = True
+        """Whether a step that was not made may have found state absent."""
         parts: dict[tuple[Backend, Hashable], list[Row]] = {}
         for row in rows:
             parts.setdefault(self._home(row), []).append(row)
@@ -97,24 +99,26 @@ class Plan:
         if whole is not None and whole.reads_scaling:
             done = whole.step(inputs, request_of(options, scaling), scaling)
             if done is not None:
+                self.lacked_state = False
                 if options.error_if_nonfinite:  # who asks for an error waits for the device
                     request_of(options, scaling).check_norm(done.norm, options)
                 return done
         if self._devices is not None:
             done = self._devices.step(inputs, request_of(options, scaling), scaling)
             if done is not None:
+                self.lacked_state = False
                 if options.error_if_nonfinite:
                     request_of(options, scaling).check_norm(done.norm, options)
                 return done
         scaling = scaling.read()
         if scaling.found:
-            for part in self.parts:
-                part.check(inputs)
+            self._check_parts(inputs)
             return LastUpdate(None, skipped=True, multiplier=scaling.unscale)
         request = request_of(options, scaling)
         if whole is not None and not whole.reads_scaling:
             done = whole.step(inputs, request, scaling)
             if done is not None:
+                self.lacked_state = False
                 request.check_norm(done.norm, options)
                 return done
         return self._step_in_parts(inputs, options, request)
@@ -134,7 +138,7 @@ class Plan:
         return part, request_of(options, scaling)
 
     def _step_in_parts(self, inputs: Inputs, options: Options, request: Request) -> LastUpdate:
-        fresh = [part.check(inputs) for part in self.parts]
+        fresh = self._check_parts(inputs)
         norm = None
         multiplier = request.unscale
         if request.reduce:
@@ -163,7 +167,18 @@ class Plan:
             raise
         for part in self.parts:
             part.apply(inputs, request, multiplier)
+        self.lacked_state = False
         return LastUpdate(norm, skipped=False, multiplier=multiplier)
+
+    def _check_parts(self, inputs: Inputs) -> list[list[int]]:
+        """What each part's check says."""
+        self.lacked_state = True  # until all of them have said otherwise
+        fresh = [part.check(inputs) for part in self.parts]
+        self.lacked_state = any(fresh)
+        for part, rows in zip(self.parts, fresh, strict=True):
+            for r in rows:  # a compiled plan takes an entry that is no dict for none
+                entry_of(part.rows[r], inputs)
+        return fresh
 
     def _make_states(self, fresh: Sequence[Sequence[int]], inputs: Inputs) -> list[tuple[Any, str]]:
         lacking: list[Row] = []

@@ -91,6 +91,28 @@ class Inputs:
         return [list(map(float, group)) for group in self.given]
 
 
+def rule_of(row: OptimizerRow, group: Group, index: int, optimizer: str) -> Rule:
+    """The rule of the group of this index; `optimizer` is the name of its class.
+
+    Raises:
+        ValueError: what decides it is missing, or no number; or the class's own reason.
+        RuntimeError: the class's own.
+    """
+    try:
+        return row.rule(group)
+    except KeyError as error:
+        what = f"{error} of parameter group {index} is missing"
+        cause: Exception = error
+    except TypeError as error:
+        what = f"parameter group {index} holds what is no number ({error})"
+        cause = error
+    message = (
+        f"{what}, so {optimizer} knows no rule for it: set it to what the optimizer's constructor "
+        "takes"
+    )
+    raise ValueError(message) from cause
+
+
 def numbers_of(rule: Rule, group: Group, index: int = 0) -> list[float]:
     """The sign of the gradient and the rule's numbers, read from the group of this index.
 
@@ -227,12 +249,24 @@ def lacks_average(inner: Mapping[str, Any] | None, inputs: Inputs) -> bool:
     return inputs.averages and (inner is None or inner.get(AVERAGE) is None)
 
 
+def entry_of(row: Row, inputs: Inputs) -> dict[str, Any] | None:
+    """The state of a parameter, None where it has none.
+
+    Raises:
+        TypeError: it is no dict.
+    """
+    inner = inputs.state.get(row.param)
+    if inner is not None:
+        checks.check_entry(inner, row.name)
+    return inner
+
+
 def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
     """Refuse a row whose parameter, gradient or state is not right, with the reason."""
     checks.check_parameter(row.param, row.name)
     if row.param.grad is not None:
         checks.check_gradient(row.param, row.param.grad, row.name)
-    inner = inputs.state.get(row.param)
+    inner = entry_of(row, inputs)
     if inner is not None and inputs.averages and not lacks_average(inner, inputs):
         checks.check_average(row.param, inner[AVERAGE], AVERAGE, row.name)
     if not rule.keys or not has_state(inner, rule.keys, row.name):
@@ -262,7 +296,7 @@ def mend_row(row: Row, rule: GroupRule, inputs: Inputs) -> bool:
     elif grad is not None and grad.layout is torch.strided and grad._is_zerotensor():
         row.param.grad = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
         mended = True
-    inner = inputs.state.get(row.param)
+    inner = entry_of(row, inputs)
     if inner and isinstance(inner.get("step"), int | float):
         dtype = states.scalar_type()
         inner["step"] = torch.full((), inner["step"], dtype=dtype, device=row.param.device)
@@ -287,7 +321,7 @@ def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: In
         memories.append(
             checks.Memory(f"the gradient of '{row.name}'", row.param.grad, written=False)
         )
-        inner = inputs.state.get(row.param) or {}
+        inner = entry_of(row, inputs) or {}
         for key in (*rules[row.group].keys, *((AVERAGE,) if inputs.averages else ())):
             value = inner.get(key)
             if isinstance(value, torch.Tensor):

@@ -21,7 +21,7 @@ from .checks import check_capturable
 from .hooks import has_hooks, hooked
 from .plan import Plan
 from .request import NormNotFinite, Scaling
-from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of
+from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of, rule_of
 
 Closure = Callable[[], Any]
 
@@ -321,21 +321,7 @@ def _read(optimizer: Optimizer, engine: Engine) -> tuple[list[GroupRule], Inputs
     groups = optimizer.param_groups
     rules = []
     for index, group in enumerate(groups):
-        try:
-            rule = row.rule(group)
-        except KeyError as error:
-            message = (
-                f"{error} of parameter group {index} is missing, so {type(optimizer).__name__} "
-                "knows no rule for it: set it to what the optimizer's constructor takes"
-            )
-            raise ValueError(message) from error
-        except TypeError as error:
-            message = (
-                f"parameter group {index} holds what is no number ({error}), so "
-                f"{type(optimizer).__name__} knows no rule for it: set it to what the optimizer's "
-                "constructor takes"
-            )
-            raise ValueError(message) from error
+        rule = rule_of(row, group, index, type(optimizer).__name__)
         if group.get("capturable", False):
             check_capturable(group)
         known = engine.rules.get(rule.name)
@@ -357,6 +343,8 @@ def _step_once(
     only: Collection[torch.Tensor] | None,
 ) -> LastUpdate:
     key = None if only is None else tuple(map(id, only))
+    # By state that it found absent a plan knows a first step, where torch counts none. If the step
+    # was not made the plan is dropped: what is loaded then is not what a first step makes.
     for _ in range(3):
         plan = _plan(engine, inputs, rules, key)
         assert engine.row is not None
@@ -366,10 +354,16 @@ def _step_once(
             last = plan.step(inputs, options_of(optimizer), scaling)
             if engine.row.finish is not None and not last.skipped:
                 engine.row.finish(optimizer, plan.rows, last)
+            if plan.lacked_state:  # so it was skipped
+                engine.plans.pop(key, None)
             return last
         except Stale as stale:
             del engine.plans[key]
             reason = str(stale)
+        except BaseException:
+            if plan.lacked_state:
+                engine.plans.pop(key, None)
+            raise
     message = (
         f"the plan of {type(optimizer).__name__} does not settle at {reason}: its gradient or "
         "state is of a class that the compiled step cannot read (a subclass of torch.Tensor that "
