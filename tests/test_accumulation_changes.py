@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 from typing import Any
 
 import pytest
@@ -276,3 +277,33 @@ def test_a_parameter_that_is_taken_out_of_a_group_leaves_the_window_to_the_other
             del optimizer.param_groups[0]["params"][1]
             model.late.grad = None
     assert (model.always.tolist(), model.late.tolist()) == ([-1.0, -1.0], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("by", ["update_model", "step"])
+def test_a_copy_in_an_open_window_begins_its_own(by, how, backend):
+    # Torch copies and pickles parameters without their gradients.
+    model, twin, other = pair(ADAMW)
+
+    def micro_batch(of: Any, turn: int) -> None:
+        if by == "update_model":
+            pyupdate.update_model(of, loss_of(of, turn))
+        else:
+            of.current_optimizer.zero_grad()
+            loss_of(of, turn).mean().backward()
+            of.current_optimizer.step()
+
+    micro_batch(model, 0)
+    made = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    twins = copy.deepcopy(twin)
+    others = ADAMW.truth(list(twins.parameters()))
+    assert POSITION not in made.current_optimizer.param_groups[0]
+    assert model.current_optimizer.param_groups[0][POSITION] == 1
+    for turn in range(1, K):
+        micro_batch(model, turn)
+    for turn in range(K):
+        micro_batch(made, turn)
+    torchs_window(twin, other, range(K), None)
+    torchs_window(twins, others, range(K), None)
+    close(model, twin)
+    close(made, twins)

@@ -192,6 +192,10 @@ class Planned(Optimizer):
         kept = super().__getstate__()
         return kept | {"pyupdate_options": engine.options_of(self)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        accumulation.close_without_gradients(self)  # torch copies and pickles parameters without
+
 
 def _stock_step(optimizer: Optimizer) -> Callable[..., Any]:
     """The step of torch's own class, without the hooks that ours has run already."""

@@ -226,6 +226,13 @@ def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -
     engine.counted = {}
 
 
+def close_without_gradients(optimizer: Any) -> None:
+    """Close the window of every group that has counted gradients which are not there."""
+    for group in optimizer.param_groups:
+        if POSITION in group and all(param.grad is None for param in group["params"]):
+            del group[POSITION]
+
+
 def check_new_group(optimizer: Any) -> None:
     """Refuse a group that would join an open window with fewer micro-batches than it has.
 
