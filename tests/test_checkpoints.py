@@ -16,7 +16,7 @@ from cases import FULL, Case, name_of
 from test_optim import ADAMW, SIZES, assert_alike, params_of, params_values, train
 from test_oracle import bounds, gradient, sizes
 from torch import nn
-from ways import optimizer_of, ways
+from ways import optimizer_of, snapshot, ways
 
 import pyupdate
 
@@ -136,6 +136,37 @@ def test_old_checkpoints(case: Case, backend):
 
 
 # ----- flags switched in mid-training -------------------------------------------------------------
+
+
+@cases
+@ways
+def test_flags_of_torchs_implementations_make_no_difference(case: Case, way, backend):
+    optimizer, other = (optimizer_of(way, case, params_of()) for _ in range(2))
+    for turn, flag in enumerate(("foreach", "fused", None, "foreach")):
+        optimizer.param_groups[0] |= {"foreach": flag == "foreach", "fused": flag == "fused"}
+        train(optimizer, range(turn, turn + 1))
+        train(other, range(turn, turn + 1))
+    for a, b in zip(params_values(optimizer), params_values(other), strict=True):
+        assert_same_bits(a, b, case.name)
+
+
+@pytest.mark.parametrize("switched", [False, True], ids=["made", "switched"])
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "ours"])
+def test_update_model_makes_no_other_step_of_a_differentiable_optimizer(ours, switched, backend):
+    # Torch refuses to change a leaf in a step that is differentiated; ours would have changed it.
+    model: Any = nn.Linear(3, 2)
+    kind = pyupdate.optim.AdamW if ours else torch.optim.AdamW
+    model.current_optimizer = kind(model.parameters(), differentiable=not switched)
+    if switched:
+        pyupdate.update_model(model, model(torch.ones(2, 3)))
+        model.current_optimizer.param_groups[0]["differentiable"] = True
+        model.current_optimizer.defaults["differentiable"] = True
+    before = snapshot(model.current_optimizer)
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        pyupdate.update_model(model, model(torch.ones(2, 3)))
+    values = [(param[0][3], param[1]) for param in before]
+    after = [(param[0][3], param[1]) for param in snapshot(model.current_optimizer)]
+    assert values == after
 
 
 @ways

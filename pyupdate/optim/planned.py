@@ -74,7 +74,7 @@ class Planned(Optimizer):
         self.pyupdate_options = Options(**given)
         engine.check_options(type(self), self.pyupdate_options)
         super().__init__(*args, **kwargs)
-        if self._is_differentiable():
+        if engine.is_differentiable(self):
             self._check_differentiable()
         wanted = self.pyupdate_options.state_dtype
         for inner, key, value in state.converted(self, wanted):  # Adagrad's constructor makes state
@@ -110,7 +110,7 @@ class Planned(Optimizer):
             RuntimeError: a second step before ``scaler.update()``.
         """
         window = accumulation.window_of(self)
-        if window is not None and not self._is_differentiable():
+        if window is not None and not engine.is_differentiable(self):
             return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
         given: dict[str, Any] = {} if grad_scaler is None else {"grad_scaler": grad_scaler}
         return self._whole_step(*(() if closure is None else (closure,)), **given)
@@ -125,7 +125,7 @@ class Planned(Optimizer):
         grad_scaler: GradScaler | None = None,
     ) -> Any:
         """A step that is made, not only counted: the hooks and schedulers see these."""
-        if self._is_differentiable():
+        if engine.is_differentiable(self):
             return self._differentiable_step(closure, grad_scaler)
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
 
@@ -165,9 +165,6 @@ class Planned(Optimizer):
         """
         accumulation.check_new_group(self)
         super().add_param_group(param_group)
-
-    def _is_differentiable(self) -> bool:
-        return any(group.get("differentiable", False) for group in self.param_groups)
 
     def _check_differentiable(self) -> None:
         """Refuse options, of which torch's own step knows nothing."""

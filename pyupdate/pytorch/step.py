@@ -87,16 +87,20 @@ def has_rule(optimizer: object) -> bool:
     if not isinstance(optimizer, Optimizer):
         return False
     if isinstance(optimizer, Planned):
-        return True
+        return not is_differentiable(optimizer)
     return type(optimizer) in ROWS and is_as_made(optimizer)
 
 
 def is_as_made(optimizer: Optimizer) -> bool:
     """Whether a stock optimizer's step is torch's own, and one that ours can stand in for."""
-    if any(group.get("differentiable", False) for group in optimizer.param_groups):
-        return False  # torch's own step is differentiable, ours is not
     own = optimizer.__dict__.get("step")
-    return own is None or hasattr(own, "_wrapped_by_lr_sched")
+    stock = own is None or hasattr(own, "_wrapped_by_lr_sched")
+    return stock and not is_differentiable(optimizer)
+
+
+def is_differentiable(optimizer: Optimizer) -> bool:
+    """Whether a group asks for a step that can be differentiated: torch's own, ours cannot."""
+    return any(group.get("differentiable", False) for group in optimizer.param_groups)
 
 
 def set_names(optimizer: Optimizer, names: Mapping[int, str]) -> None:
