@@ -175,3 +175,41 @@ def test_both_modes_are_kept_in_a_state_dict(backend):
 def test_wrong_arguments_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         made([nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"betas": ("0.9", 0.9)}, ValueError, "'betas' of parameter group 1 is"),
+        ({"betas": (0.0, 0.9)}, ValueError, "'betas' of parameter group 1 is"),
+        ({"betas": None}, ValueError, "'betas' of parameter group 1 is None"),
+        ({"z": torch.zeros(5)}, ValueError, r"state 'z' of 'group 1, parameter 0' is \(5,\)"),
+        ({"z": 3.0}, ValueError, "state 'z' of 'group 1, parameter 0' is 3.0"),
+        ({"state": 3}, TypeError, "state of 'group 1, parameter 0' is a int, not a dict"),
+    ],
+    ids=str,
+)
+def test_a_mode_changes_for_all_groups_or_for_none(mode, change, error, says):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = made([{"params": [param]} for param in params], lr=0.25)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.tensor([1.0, -2.0, 0.5])
+        optimizer.step()
+    if mode == "train":
+        optimizer.eval()
+    before = [param.detach().clone() for param in params]
+    right = optimizer.param_groups[1]["betas"], optimizer.state[params[1]]
+    if "betas" in change:
+        optimizer.param_groups[1] |= change
+    else:
+        optimizer.state[params[1]] = change.get("state", {**right[1], **change})
+    with pytest.raises(error, match=says):
+        getattr(optimizer, mode)()
+    assert all(map(torch.equal, params, before))
+    assert [group["train_mode"] for group in optimizer.param_groups] == [mode == "eval"] * 2
+    optimizer.param_groups[1]["betas"], optimizer.state[params[1]] = right
+    getattr(optimizer, mode)()
+    assert torch.equal(params[0], params[1])
+    assert not torch.equal(params[0], before[0])

@@ -9,7 +9,8 @@ import torch
 
 from ..kernels import rules
 from ..kernels.language import Rule
-from ..pytorch.rows import Group
+from ..pytorch import checks
+from ..pytorch.rows import NO_NUMBER, Group, number_of, require
 from ..pytorch.step import check_not_swapped, engine_of
 from . import arguments
 from .planned import Planned, planned
@@ -113,13 +114,53 @@ class ScheduleFreeAdamW(Planned):
 
     def _move(self, *, to_training: bool) -> None:
         check_not_swapped(engine_of(self))  # leaving the block would undo the move, not the mode
-        for group in self.param_groups:
-            if group["train_mode"] is to_training:
+        moves: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        for index, group in enumerate(self.param_groups):
+            require(group, index, ("train_mode", "betas"))
+            if bool(group["train_mode"]) is to_training:
                 continue
-            beta1 = float(group["betas"][0])
+            beta1 = _first_beta(group, index)
             weight = 1.0 - beta1 if to_training else 1.0 - 1.0 / beta1
-            for param in group["params"]:
-                z = self.state[param].get("z") if param in self.state else None
+            for position, param in enumerate(group["params"]):
+                z = self._z_of(param, f"group {index}, parameter {position}")
                 if z is not None:
-                    param.lerp_(z.to(param.dtype), weight)
+                    moves.append((param, z, weight))
+        for param, z, weight in moves:  # all is looked at before the first moves
+            param.lerp_(z.to(param.dtype), weight)
+        for group in self.param_groups:
             group["train_mode"] = to_training
+
+    def _z_of(self, param: torch.Tensor, place: str) -> torch.Tensor | None:
+        inner = self.state.get(param)
+        if inner is None:
+            return None
+        name = engine_of(self).names.get(id(param), place)
+        checks.check_entry(inner, name)
+        z: object = inner.get("z")
+        if z is None:
+            return None
+        found = repr(z)
+        if isinstance(z, torch.Tensor):
+            if (z.shape, z.device) == (param.shape, param.device):
+                return z
+            found = f"{tuple(z.shape)} on {z.device}"
+        message = (
+            f"state 'z' of '{name}' is {found}, but the parameter {tuple(param.shape)} on "
+            f"{param.device}: load a state dict that fits this model"
+        )
+        raise ValueError(message)
+
+
+def _first_beta(group: Group, index: int) -> float:
+    cause: Exception | None = None
+    try:
+        beta1 = number_of(group["betas"][0])
+        if beta1 > 0.0:
+            return beta1
+    except (LookupError, *NO_NUMBER) as error:
+        cause = error
+    message = (
+        f"'betas' of parameter group {index} is {group['betas']!r}, but its first must be a number "
+        "above 0, by which eval() divides: set it to what the optimizer's constructor takes"
+    )
+    raise ValueError(message) from cause
