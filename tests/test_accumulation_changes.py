@@ -307,3 +307,39 @@ def test_a_copy_in_an_open_window_begins_its_own(by, how, backend):
     torchs_window(twins, others, range(K), None)
     close(model, twin)
     close(made, twins)
+
+
+@pytest.mark.parametrize("by", ["update_model", "defer", "step"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_hook_that_raises_behind_a_step_does_not_have_it_made_twice(steps, by, backend):
+    model = parts(accumulation_steps=steps)
+    optimizer = model.current_optimizer
+    waiting: dict[str, Any] = {}
+
+    def micro_batch() -> None:
+        loss = model.always.sum()
+        if by == "update_model":
+            pyupdate.update_model(model, loss)
+        elif by == "defer":
+            pyupdate.update_model(model, loss, defer=True, deferred=waiting)
+            pyupdate.drain(waiting)
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def fail(*_: object) -> None:
+        message = "from a hook"
+        raise ArithmeticError(message)
+
+    handle = optimizer.register_step_post_hook(fail)
+    for _ in range(steps - 1):
+        micro_batch()
+    with pytest.raises(ArithmeticError, match="from a hook"):
+        micro_batch()
+    assert model.always.tolist() == [-1.0, -1.0]
+    handle.remove()
+    for _ in range(steps):
+        micro_batch()
+    assert model.always.tolist() == [-2.0, -2.0]
+    assert POSITION not in optimizer.param_groups[0]

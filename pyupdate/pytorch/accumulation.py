@@ -159,17 +159,26 @@ class Window:
     def mean(self, count: int | None = None) -> Iterator[None]:
         """Inside, a step is made on the mean of the window's micro-batches; afterwards it is empty.
 
-        After an exception it is as it was.
+        After an exception it is as it was, unless the step was made before.
 
         Args:
             count: how many they are, with one that `position` has not counted yet.
         """
         engine = step.engine_of(self._optimizer)
         engine.micro_batches = max(1, self.position if count is None else count)
+        before = engine.last
         try:
             yield
+        except BaseException:
+            if engine.last is not before:  # a hook has raised behind the step
+                self._close()
+            raise
         finally:
             engine.micro_batches = 1
+        self._close()
+
+    def _close(self) -> None:
+        """Begin anew: what was counted is stepped."""
         self.position = 0
         self.note()
 

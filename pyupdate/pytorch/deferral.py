@@ -53,11 +53,18 @@ class DeferredUpdate(Waiting):
         Raises:
             ValueError: no optimizer is attached any more, or the scaler's scale has changed.
             RuntimeError: the scaler's own; gradients of a window of ``accumulation_steps`` are gone
-                or other tensors. After any failure the update still waits.
+                or other tensors. After any failure the update still waits, unless a hook has raised
+                behind the step.
         """
         due = _due(self.model)
         if due is not None:
-            apply.apply(due.model, due.optimizer, due.params, due.scaler, restore=True)
+            last = step.last_step(due.optimizer) if step.has_rule(due.optimizer) else ...
+            try:
+                apply.apply(due.model, due.optimizer, due.params, due.scaler, restore=True)
+            except BaseException:
+                if last is not ... and step.last_step(due.optimizer) is not last:
+                    due.settle()  # a hook has raised behind the step
+                raise
             due.settle()
 
     @classmethod

@@ -61,6 +61,7 @@ def update(
             apply.ensure_named(model, optimizer, params)
             window.check_kept(gives_up=False)
         before = window.position
+    last: Any = ...
     aside = gradients.set_aside(params)
     try:
         if window is not None:
@@ -78,9 +79,12 @@ def update(
                 window.count(scaler)
         waits = defer or (window is not None and not window.is_full)
         if not waits:
+            last = step.last_step(optimizer) if step.has_rule(optimizer) else ...
             apply.apply(model, optimizer, params, scaler, restore=False)
     except BaseException:
         gradients.put_back(params, aside)
+        if last is not ... and step.last_step(optimizer) is not last:
+            gradients.drop(params)  # a hook has raised behind the step, which has taken them
         if window is not None and window.position:  # 0: check_scale has given it up
             window.position = before
         raise
