@@ -124,7 +124,7 @@ bool Plan::read_step(size_t r, PyObject* step, int64_t* tagged) {
   int64_t& counter = records_[r].counter;
   const double counted =
       is_double ? static_cast<double>(counter) : static_cast<double>(static_cast<float>(counter));
-  if (value != counted) {
+  if (value != counted || counter < 0) {  // -1 is nobody's count, but stands before the first one
     if (!(value >= 0.0 && value < 0x1p53) || value != std::floor(value)) return false;
     counter = static_cast<int64_t>(value);
   }

@@ -149,6 +149,21 @@ def test_kinds_of_parameters(kind, way, backend):
     assert snapshot(optimizer) != before
 
 
+@pytest.mark.parametrize("count", [-1.0, -2.0])
+def test_a_count_below_zero_in_a_loaded_state(count, backend):
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = pyupdate.optim.AdamW([param])
+    optimizer.step()
+    optimizer.state[param]["step"].fill_(count)
+    loaded = pyupdate.optim.AdamW([param])  # whose plan has seen no count before
+    loaded.load_state_dict(optimizer.state_dict())
+    before = snapshot(loaded)
+    with pytest.raises(ValueError, match="'step' of .* must be a whole number from 0 on"):
+        loaded.step()
+    assert snapshot(loaded) == before
+
+
 def test_a_wrapped_gradient(backend):
     param = nn.Parameter(torch.ones(3))
     param.grad = Wrapper(torch.ones(3))
