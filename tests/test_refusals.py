@@ -159,7 +159,7 @@ def test_a_count_below_zero_in_a_loaded_state(count, backend):
     loaded = pyupdate.optim.AdamW([param])  # whose plan has seen no count before
     loaded.load_state_dict(optimizer.state_dict())
     before = snapshot(loaded)
-    with pytest.raises(ValueError, match="'step' of .* must be a whole number from 0 on"):
+    with pytest.raises(ValueError, match=r"'step' of .* must be a whole number from 0 on"):
         loaded.step()
     assert snapshot(loaded) == before
 
