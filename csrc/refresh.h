@@ -180,6 +180,8 @@ class Plan {
   bool stands_at(size_t r, size_t k, int64_t address) const;
   bool is_negated(PyObject* tensor) const;
   bool any_negated(PyObject* const* tensors, size_t count) const;
+  static bool lies_within(PyObject* tensor, const Read& read);
+  bool all_lie_within(const Pending& row, uint32_t present, const int64_t* addresses);
   void drop_rows_from(size_t k);
   void bring(size_t first, ahead::Walk* dicts) const;
   void find_shared_counters();
@@ -211,9 +213,10 @@ class Plan {
   int64_t states_;  // columns of held_: states, then the step counter, then scalars, then average
   int64_t scalars_;
   bool averages_;
-  std::vector<PyObject*> held_;  // owned; what was found in the state at the last refresh
-  const ahead::Leads* leads_;    // null where nothing can be brought
-  bool settled_ = false;         // whether the next two are those of the tensors that are held
+  std::vector<PyObject*> held_;   // owned; what was found in the state at the last refresh
+  std::vector<uint32_t> within_;  // of each row, where all it writes lay within its storage: a hash
+  const ahead::Leads* leads_;     // null where nothing can be brought
+  bool settled_ = false;          // whether the next two are those of the tensors that are held
   py::object kept_;
   py::object bumped_;
   int64_t kept_count_ = 0;
@@ -250,6 +253,12 @@ class Plan {
 
   friend class GradientsHeld;
 };
+
+inline int64_t size_of(const dlpack::Tensor& t) {
+  int64_t size = 1;
+  for (int32_t d = 0; d < t.ndim; ++d) size *= t.shape[d];
+  return size;
+}
 
 // Adds a value to a hash.
 inline void mix(uint64_t* hash, uint64_t value) {

@@ -23,12 +23,6 @@ bool lies_on(const dlpack::Device& device, const dlpack::Tensor& t) {
   return t.device.type == device.type && t.device.id == device.id;
 }
 
-int64_t size_of(const dlpack::Tensor& t) {
-  int64_t size = 1;
-  for (int32_t d = 0; d < t.ndim; ++d) size *= t.shape[d];
-  return size;
-}
-
 bool is_contiguous(const dlpack::Tensor& t) {
   int64_t expected = 1;
   for (int32_t d = t.ndim - 1; d >= 0; --d) {
@@ -305,10 +299,16 @@ bool Plan::enter_row(Pending& pending) {
     addresses[role] = roles[role].address;
     flat = flat && roles[role].address % (roles[role].tensor.dtype.bits / 8) == 0;
   }
+  if (!all_lie_within(pending, present, addresses)) return false;
   if (!flat && row.size != 0 && !add_layout(roles, present, &row)) return false;
   if (interface_.remote && row.layout >= 0) return false;
-  if (rows_changed_ || k >= tables_.rows.size() || tables_.rows[k].size != row.size ||
-      active_[k] != static_cast<int32_t>(r)) {
+  const bool is_new = rows_changed_ || k >= tables_.rows.size() ||
+                      tables_.rows[k].size != row.size || active_[k] != static_cast<int32_t>(r);
+  // A gradient that autograd has just made is within its storage.
+  const bool moves =
+      is_new || tables_.addresses[k * static_cast<size_t>(width) + kGrad] != addresses[kGrad];
+  if (moves && pending.known_grad && !lies_within(pending.grad, roles[kGrad])) return false;
+  if (is_new) {
     if (!rows_changed_) drop_rows_from(k);  // the rest of the table is written anew
     tables_.add_row(row, addresses, pending.scalars);
     active_.push_back(static_cast<int32_t>(r));
@@ -316,7 +316,7 @@ bool Plan::enter_row(Pending& pending) {
   }
   Row& stands = tables_.rows[k];
   int64_t* at = &tables_.addresses[k * static_cast<size_t>(width)];
-  grads_moved_ = grads_moved_ || at[kGrad] != addresses[kGrad];
+  grads_moved_ = grads_moved_ || moves;
   addresses[kGrad] = at[kGrad] = roles[kGrad].address;
   if (stands.step != row.step ||
       std::memcmp(at, addresses, static_cast<size_t>(width) * sizeof(int64_t)) != 0) {

@@ -187,8 +187,8 @@ uint64_t Plan::fingerprint() const {
 int64_t Plan::bytes() const {
   const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
   return static_cast<int64_t>(sizeof(Plan)) + of(groups_) + of(records_) + of(storages_) +
-         of(held_) + of(histories_) + of(active_) + of(grads_) + of(written_) + of(noticed_) +
-         of(positions_) + of(group_ends_) + tables_.bytes() +
+         of(held_) + of(within_) + of(histories_) + of(active_) + of(grads_) + of(written_) +
+         of(noticed_) + of(positions_) + of(group_ends_) + tables_.bytes() +
          (kept_ ? kept_count_ * kBytesOfKept : 0) +
          (bumped_ ? PyList_GET_SIZE(bumped_.ptr()) * int64_t{sizeof(PyObject*)} : 0);
 }
@@ -291,6 +291,7 @@ void Plan::clear() {
   objects.swap(held_);
   for (const Record& record : records_) objects.push_back(record.param);
   records_.clear();
+  within_.clear();
   active_.clear();
   group_ends_.assign(groups_.size(), 0);
   tables_.clear_rows();

@@ -368,6 +368,31 @@ def test_memory_that_was_freed_is_refused_by_name(which, way, backend):
     assert not torch.equal(params[0], before)
 
 
+@ways
+@pytest.mark.parametrize("which", ["parameter", "gradient", "state"])
+def test_a_storage_that_was_made_too_small_is_refused_by_name(which, way, backend):
+    params = [nn.Parameter(torch.ones(300)) for _ in range(2)]
+    optimizer = optimizer_of(way, ADAMW, params)
+    for param in params:
+        param.grad = torch.ones(300)
+    optimizer.step()
+    own = torch.ones(300)
+    optimizer.state[params[1]]["exp_avg"] = own
+    optimizer.step()
+    small = {"parameter": params[1].detach(), "gradient": params[1].grad, "state": own}[which]
+    assert small is not None
+    before = params[0].detach().clone()
+    small.untyped_storage().resize_(4 * 299)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=rf"{which}.* 'group 0, parameter 1' is larger than"):
+            optimizer.step()
+        assert torch.equal(params[0], before)
+    small.untyped_storage().resize_(4 * 300)
+    small.fill_(1.0)
+    optimizer.step()
+    assert not torch.equal(params[0], before)
+
+
 @pytest.mark.parametrize("which", ["gradient", "state"])
 def test_a_subclass_that_no_parameter_is_of_is_refused_with_the_mend(which, backend):
     class Named(torch.Tensor):

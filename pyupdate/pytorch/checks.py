@@ -202,9 +202,19 @@ def _check_kind(tensor: torch.Tensor, what: str) -> None:
         kind = "on the meta device and has no values: give it some with to_empty() and a reset"
     elif tensor.numel() and tensor.data_ptr() == 0:
         kind = "without memory: its storage was freed (resize_(0)); bring it back before the step"
+    elif not _lies_within(tensor):
+        kind = "larger than its storage, which was resized: give it memory of its own"
     if kind is not None:
         message = f"{what} is {kind}; {_ACCEPTED}"
         raise TypeError(message)
+
+
+def _lies_within(tensor: torch.Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in sizes)
+    return (last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def _check_alike(
