@@ -39,6 +39,11 @@ def processes(*found: float | tuple[float, float]):
     return measure, left
 
 
+def test_what_is_held_to_is_the_worst_committed_process() -> None:
+    one = {"ratio": 3.46, "processes": [{"ratio": 3.46}, {"ratio": 2.95}, {"ratio": 3.58}]}
+    assert gate.least(one) == 2.95
+
+
 @pytest.mark.parametrize(
     "found, said",
     [
