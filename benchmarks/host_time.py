@@ -95,8 +95,18 @@ def in_turns(seconds: float, **options: Any) -> dict[str, float]:
         of_floor.step()
         contestants["tensors read alone"] = (lambda: None, reading_alone(floor, of_floor.state))
     times = timing.interleave(contestants, seconds=seconds)
-    alone = timing.interleave({"nothing moved, alone": (lambda: None, ours.step)}, seconds=1.0)
-    return {name: 1e3 * found.median for name, found in (times | alone).items()}
+    for name in ("nothing moved", "torch fused"):
+        times |= timing.interleave({f"{name}, alone": contestants[name]}, seconds=1.0)
+    return {name: 1e3 * found.median for name, found in times.items()}
+
+
+def ratios(of: dict[str, float]) -> dict[str, float]:
+    """Torch's time over each other one's, both in turns or both alone."""
+    return {
+        name: round(of["torch fused" + ", alone" * name.endswith("alone")] / milliseconds, 2)
+        for name, milliseconds in of.items()
+        if not name.startswith("torch fused")
+    }
 
 
 def measured(seconds: float) -> dict[str, Any]:
@@ -112,10 +122,7 @@ def measured(seconds: float) -> dict[str, Any]:
     return {
         "what": f"host time of a step of {TENSORS} tensors, launches left out: a stand-in",
         "milliseconds": {b: {n: round(m, 4) for n, m in of.items()} for b, of in found.items()},
-        "torch / ours": {
-            b: {n: round(of["torch fused"] / m, 2) for n, m in of.items() if n != "torch fused"}
-            for b, of in found.items()
-        },
+        "torch / ours": {back_end: ratios(of) for back_end, of in found.items()},
         "target": TARGET,
         **place,
     }
