@@ -11,6 +11,7 @@ are there alone. Without a GPU it says so and succeeds.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ BENCHMARKS_S = 180
 COMPILING_S = 90
 """What torch.compile may take for a step of 161 tensors: it is left out where less is left."""
 DEVICE = "cuda"
+FLASH = "flashoptim"
 ROUNDS = 30
 MODELS = ("ResNet-50", "GPT-2 124M", "Llama 1B", "1,000 tiny")
 
@@ -95,7 +97,9 @@ def parts(result: dict[str, Any], folder: Path, start: float) -> Iterator[bool]:
         failed = measured.get("failed", {})
         for what, why in failed.items():
             print(f"{name}, {what}: FAILED ({why})", flush=True)
-        yield all(what.startswith("torch") for what in failed)  # theirs is not for us to mend
+        yield all(
+            what.startswith(("torch", FLASH)) for what in failed
+        )  # theirs is not for us to mend
 
 
 def said(error: BaseException) -> str:
@@ -278,7 +282,10 @@ def of_model(shapes: list[tuple[int, ...]], clips: bool, compiles: bool) -> dict
 
 
 def contestants(params: list[Any], clips: bool, compiles: bool) -> dict[str, Callable[[], object]]:
-    """A step each: ours by its back ends, torch's ways, and fused after a norm as apex has it."""
+    """A step each: ours by its back ends, torch's ways, fused after a norm as apex has it, others'.
+
+    Others' is flashoptim's, if it is installed.
+    """
     import torch
 
     import pyupdate
@@ -313,7 +320,24 @@ def contestants(params: list[Any], clips: bool, compiles: bool) -> dict[str, Cal
         lr = torch.tensor(1e-3, device=DEVICE)
         made = torch.optim.AdamW(params, lr=lr, foreach=True, capturable=True)
         runs["torch compiled"] = theirs(torch.compile(made.step, fullgraph=False))
+    if importlib.util.find_spec(FLASH):  # a peer that needs a GPU, where somebody has installed it
+        runs[FLASH] = theirs(flash(params))
     return runs
+
+
+def flash(params: list[Any]) -> Callable[[], object]:
+    """The step of flashoptim's AdamW, whose state is quantised.
+
+    It is made at the first call, where what it refuses is listed as its own failure.
+    """
+    made: list[Any] = []
+
+    def run() -> None:
+        if not made:
+            made.append(importlib.import_module(FLASH).FlashAdamW(params, lr=1e-3))
+        made[0].step()
+
+    return run
 
 
 def drawn(results: dict[str, Any]) -> str:

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -159,6 +161,26 @@ def test_where_theirs_fails_the_others_are_timed(command, emulated, monkeypatch)
     found = result["models"]["few"]
     assert found["failed"] == {"torch compiled": "RuntimeError: no C compiler"}
     assert set(found["milliseconds"]) == {"pyupdate cuda", "torch fused", "torch foreach"}
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_flashoptim_takes_part_where_it_is_installed(command, emulated, monkeypatch, takes):
+    class FlashAdamW(torch.optim.SGD):
+        def __init__(self, params, lr):
+            if not takes:
+                raise ValueError("no float32")
+            super().__init__(params, lr=lr)
+
+    installed = ModuleType("flashoptim")
+    installed.__spec__ = ModuleSpec("flashoptim", None)
+    installed.FlashAdamW = FlashAdamW
+    monkeypatch.setitem(sys.modules, "flashoptim", installed)
+    status, result, _ = command()
+    assert status == 0
+    found = result["models"]["few"]
+    assert ("flashoptim" in found["milliseconds"]) == takes
+    assert found.get("failed") == (None if takes else {"flashoptim": "ValueError: no float32"})
+    assert "pyupdate cuda" in found["milliseconds"]
 
 
 def test_where_ours_fails_the_command_fails(command, emulated, monkeypatch):
