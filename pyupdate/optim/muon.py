@@ -29,7 +29,7 @@ from ..kernels.composite import muon_direction, muon_move
 from ..kernels.language import Rule
 from ..options import LastUpdate
 from ..pytorch import step as engine
-from ..pytorch.rows import NO_NUMBER, Group, Row, number_of, require, require_numbers
+from ..pytorch.rows import Group, Row, number_of, require_numbers, require_read
 from .planned import Planned, planned
 
 # Elements of a stack: 64 MiB of bfloat16, and four times that for what it is made of.
@@ -79,16 +79,7 @@ _READ_LAST: dict[str, tuple[Callable[[Any], object], str]] = {
 
 def _check_iteration(group: Group, index: int) -> None:
     """Refuse what else the end of a step cannot read; in torch's words what torch refuses there."""
-    require(group, index, [*_READ_LAST])
-    for key, (read, wanted) in _READ_LAST.items():
-        try:
-            read(group[key])
-        except NO_NUMBER as error:
-            message = (
-                f"{key!r} of parameter group {index} is {group[key]!r}, but must be {wanted}: set "
-                "it to what the optimizer's constructor takes"
-            )
-            raise ValueError(message) from error
+    require_read(group, index, _READ_LAST)
     if group["ns_steps"] >= 100:
         message = "Number of steps must be less than 100 for computational efficiency"
         raise ValueError(message)

@@ -179,23 +179,43 @@ def require(group: Group, index: int, keys: Sequence[str]) -> None:
             raise ValueError(message)
 
 
+def require_read(
+    group: Group, index: int, wanted: Mapping[str, tuple[Callable[[Any], object], str]]
+) -> None:
+    """Refuse a group in which one of these is not there, or is not what is wanted.
+
+    Args:
+        group: of this `index`.
+        wanted: by its key, what raises one of `NO_NUMBER` for the wrong thing, and the right thing
+            in words.
+
+    Raises:
+        ValueError: names the group and the key.
+    """
+    require(group, index, [*wanted])
+    for key, (read, what) in wanted.items():
+        try:
+            read(group[key])
+        except NO_NUMBER as error:
+            message = (
+                f"{key!r} of parameter group {index} is {group[key]!r}, but must be {what}: set "
+                "it to what the optimizer's constructor takes"
+            )
+            raise ValueError(message) from error
+
+
 def require_numbers(group: Group, index: int, keys: Sequence[str]) -> None:
     """Refuse a group in which one of these is not there or no number; no device is waited for.
 
     Raises:
         ValueError: names the group and the key.
     """
-    require(group, index, keys)
-    for key in keys:
-        try:
-            if not _is_number_of_a_tensor(group[key]):
-                number_of(group[key])
-        except NO_NUMBER as error:
-            message = (
-                f"{key!r} of parameter group {index} is {group[key]!r}, but must be a number: set "
-                "it to what the optimizer's constructor takes"
-            )
-            raise ValueError(message) from error
+    require_read(group, index, dict.fromkeys(keys, (_check_number, "a number")))
+
+
+def _check_number(value: object) -> None:
+    if not _is_number_of_a_tensor(value):
+        number_of(value)
 
 
 def _is_number_of_a_tensor(value: object) -> bool:
