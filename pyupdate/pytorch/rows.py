@@ -185,7 +185,8 @@ def require_read(
     """Refuse a group in which one of these is not there, or is not what is wanted.
 
     Args:
-        group: of this `index`.
+        group: of the optimizer.
+        index: the group's.
         wanted: by its key, what raises one of `NO_NUMBER` for the wrong thing, and the right thing
             in words.
 
