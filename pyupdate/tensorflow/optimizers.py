@@ -13,16 +13,22 @@ from typing import Any
 
 import tensorflow as tf
 
+from ..remembered import Remembered
+
 _SCALARS = (bool, int, float, str, type(None))
+_homes: Remembered[str] = Remembered()  # of types: a step asks for 16, 2 us each
+_scaling: Remembered[bool] = Remembered()
 
 
 def home(value: object) -> str:
     """Whose it is: "keras", "tf_keras", or "" for neither."""
-    for base in type(value).__mro__:
-        root = base.__module__.partition(".")[0]
-        if root in ("keras", "tf_keras"):
-            return root
-    return ""
+    kind = type(value)
+    found = _homes.get(kind)
+    if found is None:
+        roots = (base.__module__.partition(".")[0] for base in kind.__mro__)
+        found = next((root for root in roots if root in ("keras", "tf_keras")), "")
+        _homes[kind] = found
+    return found
 
 
 def is_optimizer(value: object) -> bool:
@@ -42,7 +48,11 @@ def scales_loss(optimizer: Any) -> bool:
 
 def scales_loss_by_type(kind: type) -> bool:
     """Whether its instances scale the loss."""
-    return any(base.__name__.startswith("LossScaleOptimizer") for base in kind.__mro__)
+    found = _scaling.get(kind)
+    if found is None:
+        found = any(base.__name__.startswith("LossScaleOptimizer") for base in kind.__mro__)
+        _scaling[kind] = found
+    return found
 
 
 def stepped(optimizer: Any) -> Any:

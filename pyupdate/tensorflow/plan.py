@@ -69,13 +69,18 @@ class Plan:
         self.checks = options.skip_nonfinite or (scale is not None and scale.counter is not None)
         self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
         self.accumulates = options.accumulation_steps > 1
-        self.in_parts = self.measures and not self.accumulates and _on_cpu(variables)
+        on_cpu = _on_cpu(variables)
+        self.in_parts = self.measures and not self.accumulates and on_cpu
         self._traced: dict[str, Traced] = {}
         self._said: list[str] = []
         self._inner_refused = ""
         self.compiled = self._can_compile()
-        simple = not halves.pairs and options.ema_decay is None
-        self._native = native.kernels_of(optimizer, variables) if simple else None
+        self._native: native.Kernels | None = None
+        if not halves.pairs and options.ema_decay is None:
+            multiplied = self.measures or scale is not None or options.clip_value is not None
+            self._native = native.kernels_of(
+                optimizer, variables, multiplied=multiplied, on_cpu=on_cpu
+            )
 
     # ----- running --------------------------------------------------------------------------------
 
