@@ -6,9 +6,8 @@ to the launches, which are only recorded (tests/device/launches_recorded.cpp), a
 end ``triton`` to the end of Triton's own launching, with CPU memory in the place of the GPU's.
 Torch's is ``torch.optim.AdamW(fused=True).step()`` on 1,000 CPU tensors of one element with one
 thread, whose time is nearly all its host's. Beside them the floor: reading each tensor once, as a
-step must that trusts no pointer of the one before (tests/device/read_alone.cpp). They step in turn,
-the medians are of the same run.
-Prints one JSON.
+step must that trusts no pointer of the one before (``_C.Reader``). They step in turn, the medians
+are of the same run. Prints one JSON.
 
     python benchmarks/host_time.py [--seconds 10]
 """
@@ -16,23 +15,20 @@ Prints one JSON.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pybind11
 import torch
 
 import pyupdate
+from pyupdate import _C
 from pyupdate.bench import timing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from compiling import ROOT, device_module, shared_library
+from compiling import device_module
 from device.triton_backend import triton_backend
 from device_on_cpu import cuda_on_cpu
 
@@ -61,21 +57,6 @@ def in_another_place(listed: list[torch.nn.Parameter]) -> Callable[[], None]:
     return move
 
 
-def reading_alone(listed: list[torch.nn.Parameter], state: Any) -> Callable[[], object]:
-    """Reads every tensor of an optimizer once, and does nothing with it."""
-    source = (ROOT / "tests" / "device" / "read_alone.cpp").read_text()
-    with tempfile.TemporaryDirectory() as folder:
-        includes = (sysconfig.get_paths()["include"], pybind11.get_include())
-        shared_library(source, Path(folder), *(f"-I{path}" for path in includes))
-        read = ctypes.PyDLL(f"{folder}/library.so").read_alone
-    read.restype = ctypes.c_int64
-    read.argtypes = [ctypes.py_object, ctypes.c_int64, ctypes.py_object, ctypes.py_object]
-    rows = [[param, *state[param].values()] for param in listed]
-    tensors = [tensor for row in rows for tensor in row]
-    api: Any = torch.Tensor
-    return lambda: read(tensors, len(rows[0]), api.__dlpack_c_exchange_api__, torch.Tensor.grad)
-
-
 def in_turns(seconds: float, **options: Any) -> dict[str, float]:
     """The medians of torch and of the back end in force, in milliseconds."""
     still, moving = params(ELEMENTS), params(ELEMENTS)
@@ -93,7 +74,8 @@ def in_turns(seconds: float, **options: Any) -> dict[str, float]:
         floor = params(ELEMENTS)
         of_floor = pyupdate.optim.AdamW(floor, lr=1e-3, **options)
         of_floor.step()
-        contestants["tensors read alone"] = (lambda: None, reading_alone(floor, of_floor.state))
+        rows = [[param, *of_floor.state[param].values()] for param in floor]
+        contestants["tensors read alone"] = (lambda: None, _C.Reader(torch.Tensor, rows).read)
     times = timing.interleave(contestants, seconds=seconds)
     for name in ("nothing moved", "torch fused"):
         times |= timing.interleave({f"{name}, alone": contestants[name]}, seconds=1.0)

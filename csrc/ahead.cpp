@@ -158,39 +158,61 @@ void bring_versions(const Leads& leads, PyObject* const* tensors, size_t count) 
 
 // ----- for benchmarks
 
-Objects::Objects(std::vector<PyObject*> tensors) : tensors_(std::move(tensors)) {
+Reader::Reader(const dlpack::ExchangeApi* exchange, PyObject* grad, std::vector<PyObject*> tensors,
+               size_t width)
+    : exchange_(exchange), grad_(grad), width_(width) {
+  if (width == 0 || tensors.size() % width != 0) {
+    throw std::invalid_argument("rows of tensors must be of one width");
+  }
+  dlpack::Tensor view;
+  for (PyObject* tensor : tensors) {  // what has no memory is refused now
+    if (exchange->tensor_from_object(tensor, &view) != 0) throw py::error_already_set();
+  }
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Py_INCREF(tensors[i]);
+    (i % width == 0 ? params_ : states_).push_back(tensors[i]);
+  }
+  Py_INCREF(grad_);
+}
+
+Reader::~Reader() {
+  for (PyObject* tensor : params_) Py_DECREF(tensor);
+  for (PyObject* tensor : states_) Py_DECREF(tensor);
+  Py_DECREF(grad_);
+}
+
+void Reader::bring(size_t first) const {
   const Leads* found = leads();
-  for (PyObject* tensor : tensors_) {
-    if (found == nullptr || !py::hasattr(tensor, "_cdata") ||
-        said(tensor, "_cdata") != pointer_at(tensor, found->implementation)) {
-      throw std::invalid_argument("torch does not say where an object leads");
-    }
+  if (found == nullptr) return;
+  Rows rows;
+  rows.width = width_ - 1;
+  rows.states = states_.data() + first * rows.width;
+  for (size_t r = first; r < params_.size() && rows.count < kRows; ++r, ++rows.count) {
+    rows.params[rows.count] = params_[r];
+    rows.dicts[rows.count] = nullptr;
   }
-  for (PyObject* tensor : tensors_) Py_INCREF(tensor);
+  ahead::bring(*found, rows);
 }
 
-Objects::~Objects() {
-  for (PyObject* tensor : tensors_) Py_DECREF(tensor);
+size_t Reader::read(PyObject* tensor) const {
+  dlpack::Tensor view;
+  if (exchange_->tensor_from_object(tensor, &view) != 0) throw py::error_already_set();
+  return 1;
 }
 
-size_t Objects::read() const {
-  constexpr size_t kTogether = 32;
-  size_t stored = 0;
-  if (tensors_.empty()) return stored;
-  const Leads& at = *leads();
-  for (size_t start = 0; start < tensors_.size(); start += kTogether) {
-    const size_t end = std::min(start + kTogether, tensors_.size());
-    for (size_t i = start; i < end; ++i) load_object(tensors_[i]);
-    for (size_t i = start; i < end; ++i) {
-      load_implementation(pointer_at(tensors_[i], at.implementation));
-    }
-    for (size_t i = start; i < end; ++i) {
-      const char* storage = follow(pointer_at(tensors_[i], at.implementation), at.storage);
-      load_storage(storage);
-      stored += storage != nullptr ? 1 : 0;
-    }
+size_t Reader::read() const {
+  size_t count = 0;
+  for (size_t r = 0; r < params_.size(); ++r) {
+    if (r % kRows == 0) bring(r);
+    PyObject* const param = params_[r];
+    const py::object grad = py::reinterpret_steal<py::object>(
+        Py_TYPE(grad_)->tp_descr_get(grad_, param, reinterpret_cast<PyObject*>(Py_TYPE(param))));
+    if (!grad) throw py::error_already_set();
+    if (!grad.is_none()) count += read(grad.ptr());
+    count += read(param);
+    for (size_t c = 0; c + 1 < width_; ++c) count += read(states_[r * (width_ - 1) + c]);
   }
-  return stored;
+  return count;
 }
 
 }  // namespace pyupdate::ahead

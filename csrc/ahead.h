@@ -14,6 +14,8 @@
 
 #include <vector>
 
+#include "dlpack.h"
+
 namespace pyupdate::ahead {
 
 // Where torch keeps what a tensor's object leads to, in bytes. Not known but looked for: in a
@@ -64,20 +66,31 @@ void bring(const Leads& leads, const Rows& rows);
 // The version counters of some tensors.
 void bring_versions(const Leads& leads, PyObject* const* tensors, size_t count);
 
-// Tensors whose objects are gone through as a refresh goes through them, and nothing is done with
-// them: what that costs at least, for benchmarks.
-class Objects {
+// Rows of tensors, each a parameter and its state, that are read as a step must read them which
+// trusts no pointer of the one before: brought, then every `.grad` asked for and every tensor read
+// through the exchange API. Nothing is checked, compared or counted: for benchmarks, what no such
+// step can be below.
+class Reader {
  public:
-  explicit Objects(std::vector<PyObject*> tensors);
-  ~Objects();
-  Objects(const Objects&) = delete;
-  Objects& operator=(const Objects&) = delete;
+  // `tensors`: `width` a row, the parameter first.
+  Reader(const dlpack::ExchangeApi* exchange, PyObject* grad, std::vector<PyObject*> tensors,
+         size_t width);
+  ~Reader();
+  Reader(const Reader&) = delete;
+  Reader& operator=(const Reader&) = delete;
 
-  // How many of them have a storage.
+  // How many tensors were read, gradients included; throws what torch says of one.
   size_t read() const;
 
  private:
-  std::vector<PyObject*> tensors_;
+  void bring(size_t first) const;
+  size_t read(PyObject* tensor) const;
+
+  const dlpack::ExchangeApi* exchange_;
+  PyObject* grad_;                 // the descriptor of Tensor.grad
+  std::vector<PyObject*> params_;  // these three are owned
+  std::vector<PyObject*> states_;  // `width - 1` a row
+  size_t width_;
 };
 
 }  // namespace pyupdate::ahead

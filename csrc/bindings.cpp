@@ -81,6 +81,18 @@ std::unique_ptr<Plan> make(const py::handle& tensor_type, const py::list& types,
                    averages);
 }
 
+std::unique_ptr<ahead::Reader> make_reader(const py::handle& tensor_type,
+                                           const std::vector<py::list>& rows) {
+  std::vector<PyObject*> tensors;
+  for (const py::list& row : rows) {
+    if (row.size() != rows[0].size()) throw py::value_error("rows must be of one width");
+    for (const py::handle tensor : row) tensors.push_back(tensor.ptr());
+  }
+  const Plan::Interface torch = interface_of(tensor_type, py::list(), py::none(), py::none());
+  return std::make_unique<ahead::Reader>(torch.exchange, torch.grad, std::move(tensors),
+                                         rows.empty() ? 1 : rows[0].size());
+}
+
 using Numbers = std::vector<std::vector<double>>;
 
 Found refresh(Plan& plan, const py::list& groups, const py::dict& state, const Numbers& numbers) {
@@ -351,14 +363,9 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def_property_readonly("bytes", &cpu::Stream::bytes)
       .def_property_readonly_static("BYTES_READ",
                                     [](const py::object&) { return cpu::Stream::kBytesRead; });
-  py::class_<ahead::Objects>(m, "Objects", py::module_local())
-      .def(py::init([](const py::list& tensors) {
-             std::vector<PyObject*> found;
-             for (const py::handle tensor : tensors) found.push_back(tensor.ptr());
-             return std::make_unique<ahead::Objects>(std::move(found));
-           }),
-           py::arg("tensors"))
-      .def("read", &ahead::Objects::read);
+  py::class_<ahead::Reader>(m, "Reader", py::module_local())
+      .def(py::init(&make_reader), py::arg("tensor_type"), py::arg("rows"))
+      .def("read", py::overload_cast<>(&ahead::Reader::read, py::const_));
 
   m.def("step_together", &step_together, py::arg("steps"), py::arg("threads"));
   m.def("isa", [] { return std::string(passes().isa); });

@@ -122,7 +122,7 @@ Found Plan::refresh(PyObject* groups, PyObject* state,
 
 Found Plan::read_rows(PyObject* groups, PyObject* state,
                       const std::vector<std::vector<double>>& numbers) {
-  noticed_.clear();
+  std::vector<int64_t>().swap(noticed_);  // a first step notices every row
   tables_.layouts.clear();
   rows_changed_ = written_moved_ = grads_moved_ = active_.empty();
   release_grads();

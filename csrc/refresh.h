@@ -186,6 +186,7 @@ class Plan {
   void bring(size_t first, ahead::Walk* dicts) const;
   void find_shared_counters();
   static int64_t version(PyObject* tensor);
+  PyObject* with_params(const py::object& more) const;
   void fill_hypers(const std::vector<std::vector<double>>& numbers);
   void add_hyper_row(int64_t group, int64_t storage, int64_t step, const double* counted,
                      const std::vector<std::vector<double>>& numbers);
@@ -218,7 +219,7 @@ class Plan {
   const ahead::Leads* leads_;     // null where nothing can be brought
   bool settled_ = false;          // whether the next two are those of the tensors that are held
   py::object kept_;
-  py::object bumped_;
+  py::object bumped_;  // a list, one of all tensors of state that share a version counter
   int64_t kept_count_ = 0;
   std::vector<int32_t> active_;   // rows with a gradient, in order
   std::vector<PyObject*> grads_;  // of the active rows; owned during a refresh and a run

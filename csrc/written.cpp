@@ -38,6 +38,23 @@ PyObject* Plan::written() const {
   return list;
 }
 
+// A new list of the parameters that are written, and more; null with a Python error.
+PyObject* Plan::with_params(const py::object& more) const {
+  const auto params = static_cast<Py_ssize_t>(active_.size());
+  const Py_ssize_t others = PyList_GET_SIZE(more.ptr());
+  PyObject* list = PyList_New(params + others);
+  if (list == nullptr) return nullptr;
+  const auto put = [list](Py_ssize_t at, PyObject* object) {
+    Py_INCREF(object);
+    PyList_SET_ITEM(list, at, object);
+  };
+  for (Py_ssize_t k = 0; k < params; ++k) {
+    put(k, records_[static_cast<size_t>(active_[static_cast<size_t>(k)])].param);
+  }
+  for (Py_ssize_t i = 0; i < others; ++i) put(params + i, PyList_GET_ITEM(more.ptr(), i));
+  return list;
+}
+
 int64_t Plan::itemsize(size_t k, int64_t role) const {
   const StorageType& type = kStorageTypes[storages_[static_cast<size_t>(active_[k])]];
   if (averages_ && role + 1 == tables_.width()) return type.param == kFloat64 ? 8 : 4;
@@ -234,7 +251,6 @@ void Plan::find_shared_counters() {
     }
   }
   py::list bumped;
-  for (const int32_t r : active_) bumped.append(py::handle(records_[static_cast<size_t>(r)].param));
   for (int turn = 0; turn < kCounters && !open.empty(); ++turn) {
     py::list one;
     one.append(py::handle(open[0]));
@@ -262,9 +278,10 @@ int64_t Plan::version(PyObject* tensor) {
   return value ? PyLong_AsLongLong(value.ptr()) : -1;
 }
 
-// What to bump: a list that stands, or one made for this step; null with a Python error.
+// What to bump: the parameters and one tensor a shared counter, or all that is written; null with a
+// Python error. Made for the step: kept, it would be 8 bytes a tensor.
 py::object Plan::to_bump() const {
-  const py::object list = bumped_ ? bumped_ : py::reinterpret_steal<py::object>(written());
+  const auto list = py::reinterpret_steal<py::object>(bumped_ ? with_params(bumped_) : written());
   if (list && leads_ != nullptr) {
     const auto count = static_cast<size_t>(PyList_GET_SIZE(list.ptr()));
     ahead::bring_versions(*leads_, PySequence_Fast_ITEMS(list.ptr()), count);

@@ -44,14 +44,22 @@ class Stream:
     def read(self, threads: int) -> None:
         """One turn of what a norm reads."""
 
-class Objects:
-    """Tensors' Python objects, read as a refresh reads them, for benchmarks."""
+class Reader:
+    """Reads tensors as a step must that trusts no pointer of the one before, for benchmarks."""
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        """ValueError for what is no tensor, or of a torch that does not say what one leads to."""
+    def __init__(self, tensor_type: type[torch.Tensor], rows: Sequence[list[torch.Tensor]]) -> None:
+        """Take rows of tensors, each a parameter and then its state.
+
+        Raises:
+            ValueError: rows of several widths.
+            RuntimeError, BufferError: of what is no tensor, or one without memory: torch's own.
+        """
 
     def read(self) -> int:
-        """Go through each one's object, implementation and storage; how many have one."""
+        """Ask for every gradient, and read each tensor once: where it lies, its shape and dtype.
+
+        Nothing is compared or done with it. Returns how many tensors there were, with gradients.
+        """
 
 class Plan:
     """The rows of an optimizer that this module steps; every method re-reads every tensor."""

@@ -323,13 +323,20 @@ def test_the_stream(compiled) -> None:
         compiled.Stream(0)
 
 
-def test_reading_objects(compiled) -> None:
-    tensors = [torch.ones(3), torch.nn.Parameter(torch.ones(2)), *torch.ones(40, 2)]
-    assert compiled.Objects(tensors).read() == 42
-    assert compiled.Objects([]).read() == 0
-    for wrong in (3, "text", object()):
-        with pytest.raises(ValueError, match="does not say where an object leads"):
-            compiled.Objects([torch.ones(1), wrong])
+def test_reading_tensors(compiled) -> None:
+    def row(*, has_grad: bool) -> list[torch.Tensor]:
+        param = torch.nn.Parameter(torch.ones(2))
+        param.grad = torch.ones(2) if has_grad else None
+        return [param, torch.zeros(2), torch.tensor(1.0)]
+
+    rows = [row(has_grad=i % 2 == 0) for i in range(20)]
+    assert compiled.Reader(torch.Tensor, rows).read() == 20 * 3 + 10
+    assert compiled.Reader(torch.Tensor, []).read() == 0
+    with pytest.raises(ValueError, match="of one width"):
+        compiled.Reader(torch.Tensor, [rows[0], rows[1][:2]])
+    for wrong in (3, "text", torch.ones(2, device="meta"), torch.ones(2).to_sparse()):
+        with pytest.raises(RuntimeError):
+            compiled.Reader(torch.Tensor, [[rows[0][0], wrong]])
 
 
 @pytest.mark.parametrize("kind", ["step", "average"])

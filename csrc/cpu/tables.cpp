@@ -82,6 +82,8 @@ void Tables::cut() {
       filled += std::max<int64_t>(count, 64);  // a tiny row costs more than its elements
     }
   }
+  items_.shrink_to_fit();
+  waves_.shrink_to_fit();
 }
 
 int64_t Tables::chunks() const {

@@ -62,7 +62,7 @@ class GroupRule:
         return (*(("step",) if self.counts_steps else ()), *self.rule.scalars, *self.rule.state)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One parameter of a plan."""
 
