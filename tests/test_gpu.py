@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -32,6 +32,9 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and REASON is not None, reason=f"back end cuda: {REASON}"
 )
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="it needs a GPU itself")
+# What torch says at the first use of it, which says nothing of ours.
+debug_mode_is_new = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+nothing_captured = pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +159,8 @@ def test_a_small_run_for_the_sanitizer(case):
 # ----- scalers ------------------------------------------------------------------------------------
 
 
-def test_a_scaler_on_the_device_never_waits(request):
+@debug_mode_is_new
+def test_a_scaler_on_the_device_never_waits():
     def run(device: str) -> tuple[torch.optim.Optimizer, float]:
         params = parameters(device)
         optimizer = ADAMW.ours(params, max_norm=0.9)
@@ -187,17 +191,75 @@ def test_a_scaler_on_the_device_never_waits(request):
 # ----- streams and graphs -------------------------------------------------------------------------
 
 
+LONG = 2**30
+"""Cycles, half a second: far more than a step takes the host."""
+
+
+def prepared(device: str, turns: int) -> list[list[torch.Tensor]]:
+    """Gradients of the turns, on the device before anything is asked of them."""
+    params = parameters(device)
+    found = []
+    for turn in range(turns):
+        put_gradients(params, turn)
+        found.append([param.grad.clone() for param in params if param.grad is not None])
+    return found
+
+
+def stepped(
+    device: str, turns: int, before: Callable[[int], None]
+) -> Callable[[], torch.optim.Optimizer]:
+    """Steps of AdamW whose gradients are copied on the device; `before` a turn, something else."""
+    grads = prepared(device, turns)
+    params = parameters(device)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer = ADAMW.ours(params, max_norm=0.7)
+
+    def run() -> torch.optim.Optimizer:
+        for turn, values in enumerate(grads):
+            before(turn)
+            for param, value in zip(params, values, strict=True):
+                assert param.grad is not None
+                param.grad.copy_(value)
+            optimizer.step()
+        return optimizer
+
+    return run
+
+
 @on_a_gpu
 def test_a_step_goes_to_the_callers_stream():
+    # In the last turn everything is known and nothing sent: the stream sleeps, then copies the
+    # gradients. What was launched on another stream reads those of the turn before.
     with pyupdate.use_backend("cpu"):
-        expected, _ = trained(ADAMW, "cpu")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with inside(), torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)  # what is launched elsewhere would run before it
-        found, _ = trained(ADAMW, DEVICE)
-    torch.cuda.current_stream().wait_stream(side)
+        expected = stepped("cpu", 4, lambda turn: None)()
+    side, asleep = torch.cuda.Stream(), torch.cuda.Event()
+
+    def sleep_before_the_last(turn: int) -> None:
+        torch.cuda.synchronize()
+        if turn == 3:
+            torch.cuda._sleep(LONG)
+            asleep.record(side)
+
+    with inside():
+        run = stepped(DEVICE, 4, sleep_before_the_last)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            found = run()
+        assert not asleep.query(), "the last step waited for the device, so this shows nothing"
+        torch.cuda.current_stream().wait_stream(side)
     assert_same(found, expected)
+
+
+@contextmanager
+def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """`torch.cuda.graph`, which stays on its own stream where the end of a capture raises."""
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            yield
+    finally:
+        torch.cuda.set_stream(before)
 
 
 @on_a_gpu
@@ -225,7 +287,7 @@ def test_a_captured_step_counts_and_skips_on(case):
         graph = torch.cuda.CUDAGraph()
         put_gradients(params, 3)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with captured(graph):
             found.step()
         for turn in range(3, 10):
             put_gradients(params, turn, bad=turn in bad)
@@ -235,6 +297,7 @@ def test_a_captured_step_counts_and_skips_on(case):
 
 
 @on_a_gpu
+@nothing_captured
 def test_a_capture_that_would_send_is_refused():
     with inside():
         params = parameters(DEVICE)
@@ -247,9 +310,10 @@ def test_a_capture_that_would_send_is_refused():
         graph = torch.cuda.CUDAGraph()
         with (
             pytest.raises(RuntimeError, match="the gradient of 'group 0, parameter 3' is another"),
-            torch.cuda.graph(graph),
+            captured(graph),
         ):
             optimizer.step()
+        optimizer.step()  # outside, where it may send
 
 
 # ----- sizes --------------------------------------------------------------------------------------
