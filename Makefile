@@ -74,7 +74,7 @@ test: $(installed)
 # Without the wheels (no network, another machine) every file is skipped with its reason. tf-keras asks for a package named
 # tensorflow, which would come beside tensorflow-cpu: so without its dependencies.
 test-tensorflow: $(installed) $(tensorflow)
-	$(bin)/python -m pytest -m 'not slow' tests_tensorflow $(PYTEST) || [ $$? -eq 5 ] # 5: it ran none
+	$(bin)/python -m pytest -m 'not slow' tests_tensorflow $(side_by_side) $(PYTEST) || [ $$? -eq 5 ] # 5: it ran none
 
 $(tensorflow): $(tools) constraints.txt
 	if $(pip) install -q -c constraints.txt tensorflow-cpu && $(pip) install -q -c constraints.txt --no-deps tf-keras; then touch $@; \
