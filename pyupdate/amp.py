@@ -2,7 +2,8 @@
 """The protocol of ``torch.amp.GradScaler``, without its extra pass over the gradients.
 
 A step that knows its scaler reads the scale, looks for inf and nan in its own reduce pass, and
-tells the scaler what it found in the place where ``scaler.update()`` reads it.
+tells the scaler what it found in the place where ``scaler.update()`` reads it. A scaler whose class
+looks for them in a way of its own is asked to, by its `unscale_`: one pass more.
 """
 
 from __future__ import annotations
@@ -16,12 +17,47 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from .options import LastUpdate
 from .pytorch.request import Scaling
 
+_CHECKS = ("unscale_", "_unscale_grads_", "_maybe_opt_step")
+"""What a subclass overrides to find inf and nan, or to agree on them, in a way of its own."""
+
 _COUNTED = "pyupdate_counted"  # in a scaler's record of an optimizer: `count` was called
 
 
 def is_enabled(scaler: GradScaler | None) -> bool:
     """Whether there is a scaler and it scales."""
     return scaler is not None and scaler.is_enabled()
+
+
+def has_own_check(scaler: GradScaler | None) -> bool:
+    """Whether a scaler's class decides in a way of its own what is skipped.
+
+    ``ShardedGradScaler`` does: its `unscale_` sums what was found over the ranks, without which one
+    rank would skip and the others step.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return False
+    kind = type(scaler)
+    if kind is GradScaler:
+        return False
+    return any(getattr(kind, name) is not getattr(GradScaler, name) for name in _CHECKS)
+
+
+def unscale_by_own(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Let a scaler that `has_own_check` unscale the gradients in place, unless it has.
+
+    Raises:
+        RuntimeError: the optimizer stepped already, or the scaler has scaled nothing yet.
+        ValueError: torch's own, of float16 gradients.
+    """
+    check_can_step(scaler, optimizer)
+    if _state_of(scaler, optimizer)["stage"] is not OptState.READY:
+        return
+    scaler.unscale_(optimizer)
+    state = _state_of(scaler, optimizer)
+    if not state["found_inf_per_device"]:  # no gradients: update() wants something to look at
+        scale, _ = scaler._check_scale_growth_tracker("step")
+        found = torch.zeros((), dtype=torch.float32, device=scale.device)
+        state["found_inf_per_device"] = {scale.device: found}
 
 
 def check_closure(closure: Callable[[], Any] | None, scaler: GradScaler | None) -> None:
@@ -53,7 +89,8 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
 
     Without a scaler, the attributes ``grad_scale`` and ``found_inf`` that torch sets on optimizers
     with ``_step_supports_amp_scaling`` are honoured. With one, a ``grad_scale`` that the user has
-    set divides the gradients too, as in ``scaler.step`` around torch's fused optimizers.
+    set divides the gradients too, as in ``scaler.step`` around torch's fused optimizers. One that
+    `has_own_check` unscales them here and now.
 
     Raises:
         RuntimeError: the optimizer stepped already, or the scaler has scaled nothing yet.
@@ -61,6 +98,8 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
     if scaler is None or not scaler.is_enabled():
         return _scaling_of_attributes(optimizer)
     check_can_step(scaler, optimizer)
+    if has_own_check(scaler):
+        unscale_by_own(scaler, optimizer)
     state = _state_of(scaler, optimizer)
     users = getattr(optimizer, "grad_scale", None)
     if state["stage"] is OptState.UNSCALED:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
+from pyupdate import amp
 from pyupdate.options import LastUpdate
 
 from ..remembered import Remembered
@@ -159,7 +160,10 @@ def apply(
     if step.has_rule(optimizer):
         ensure_named(model, optimizer, params)
         window = accumulation.window_of(optimizer, params)
-        with nullcontext() if window is None else window.mean():
+        with (
+            _unscaled_by_own(optimizer, params, scaler, restore=restore),
+            nullcontext() if window is None else window.mean(),
+        ):
             step.step(optimizer, grad_scaler=scaler, only=params)
         return
     with _others_set_aside(optimizer, params):
@@ -206,6 +210,35 @@ def _step_scaled(optimizer: Any, scaler: Scaler, *, restore: bool) -> None:
     found = states[id(optimizer)]["found_inf_per_device"].values()
     scale = scaler._get_scale_async()
     _plain[optimizer] = _Plain(tuple(found), None if scale is None else scale.clone())
+
+
+@contextmanager
+def _unscaled_by_own(
+    optimizer: Any, params: Sequence[Tensor], scaler: Scaler | None, *, restore: bool
+) -> Iterator[None]:
+    """Inside, a scaler with a check of its own has unscaled the gradients of these parameters.
+
+    If no step was made, the scaler is as it was afterwards, and with `restore` `.grad` is too.
+    """
+    if scaler is None or not amp.has_own_check(scaler):
+        yield
+        return
+    amp.check_can_step(scaler, optimizer)
+    grads = [param.grad for param in params]
+    states, before = scaler._per_optimizer_states, step.last_step(optimizer)
+    state = dict(states[id(optimizer)])
+    try:
+        for param, grad in zip(params, grads, strict=True) if restore else ():
+            param.grad = None if grad is None else grad.clone()
+        with _others_set_aside(optimizer, params):
+            amp.unscale_by_own(scaler, optimizer)
+        yield
+    except BaseException:
+        if step.last_step(optimizer) is before:  # else a hook has raised behind the step
+            states[id(optimizer)] = state
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+        raise
 
 
 @contextmanager

@@ -253,6 +253,8 @@ def step_together(
         Whether they were made. If not, nothing was done: `step` them one by one, which says why if
         one is refused.
     """
+    if any(amp.has_own_check(scaler) for _, _, scaler in steps):
+        return False  # which unscales one by one, and may wait for other processes there
     parts = []
     engines = []
     with ExitStack() as locks, torch.autograd.profiler.record_function("pyupdate.drain"):

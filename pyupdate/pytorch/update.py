@@ -80,7 +80,9 @@ def update(
         waits = defer or (window is not None and not window.is_full)
         if not waits:
             last = step.last_step(optimizer) if step.has_rule(optimizer) else ...
-            apply.apply(model, optimizer, params, scaler, restore=False)
+            # Else what is in .grad is new, and put_back() has what was there before.
+            kept = any(aside.grads[index] is not None for index in unreached)
+            apply.apply(model, optimizer, params, scaler, restore=kept)
     except BaseException:
         gradients.put_back(params, aside)
         if last is not ... and step.last_step(optimizer) is not last:
