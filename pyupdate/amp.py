@@ -104,7 +104,7 @@ def scaling_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> S
     users = getattr(optimizer, "grad_scale", None)
     if state["stage"] is OptState.UNSCALED:
         flags = tuple(state["found_inf_per_device"].values())
-        return Scaling(scale=None if users is None else torch.as_tensor(users), flags=flags)
+        return Scaling(scale=_tensor_of(users), flags=flags)
     # Raises torch's error if nothing was scaled yet.
     scale, _ = scaler._check_scale_growth_tracker("step")
     if users is not None:
@@ -204,9 +204,16 @@ def _scaling_of_attributes(optimizer: torch.optim.Optimizer) -> Scaling:
     if grad_scale is None and found_inf is None:
         return _UNSCALED
     return Scaling(
-        scale=None if grad_scale is None else torch.as_tensor(grad_scale),
-        flags=() if found_inf is None else (torch.as_tensor(found_inf),),
+        scale=_tensor_of(grad_scale),
+        flags=() if found_inf is None else (_tensor_of(found_inf),),
     )
+
+
+def _tensor_of(value: Any) -> Any:
+    """A number as a tensor, wherever others are made by default; a tensor where it is, or None."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    return torch.as_tensor(value, device="cpu")
 
 
 def _state_of(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -122,10 +122,10 @@ def _try(label: str, rule: Rule) -> Result:
 
 def _step(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[bool, float]:
     """Whether the bits are the fp32 oracle's; the largest error as a part of its bound."""
-    generator = torch.Generator().manual_seed(20_260_101)
+    generator = torch.Generator("cpu").manual_seed(20_260_101)
 
     def uniform(size: int, low: float, high: float, kind: torch.dtype = dtype) -> torch.Tensor:
-        values = torch.rand(size, dtype=torch.float64, generator=generator)
+        values = torch.rand(size, dtype=torch.float64, device="cpu", generator=generator)
         return (values * (high - low) + low).to(kind)
 
     rows: list[Row] = []
@@ -138,8 +138,8 @@ def _step(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[boo
             key: uniform(size, *truth.STATE.get(key, (0.01, 1.0)), state_dtype)
             for key in rule.state
         }
-        state[param] |= {key: torch.tensor(0.5) for key in rule.scalars}
-        state[param]["step"] = torch.tensor(float(truth.COUNT - 1))
+        state[param] |= {key: torch.tensor(0.5, device="cpu") for key in rule.scalars}
+        state[param]["step"] = torch.tensor(float(truth.COUNT - 1), device="cpu")
         rows.append(Row(param, 0, position, f"tensor {position}"))
         before.append(_stored(rule, param, param.grad, state[param]))
     numbers = [truth.NUMBERS.get(name, 0.5) for name in rule.numbers]

@@ -163,6 +163,7 @@ class Part:
     """The rows of a plan that one compiled module steps."""
 
     reads_scaling = False
+    unwritten = ()
 
     def __init__(
         self, rows: Sequence[Row], rules: Sequence[GroupRule], module: Any, averages: bool

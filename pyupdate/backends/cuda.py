@@ -103,7 +103,7 @@ def part(
 class Part:
     """The rows of a plan on one device."""
 
-    reads_scaling = True
+    reads_scaling, unwritten = True, ()
 
     def __init__(
         self,
@@ -342,7 +342,7 @@ class Part:
         if end > begin:
             # Torch keeps pinned memory until the copy is made.
             pinned = self._device.type == "cuda"
-            staging = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pinned)
+            staging = torch.empty(end - begin, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             self._plan.copy(staging.data_ptr(), begin, end)
             self._tables[begin:end].copy_(staging, non_blocking=True)
         return self._tables.data_ptr(), self._scratch.data_ptr()

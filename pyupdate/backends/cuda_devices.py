@@ -70,7 +70,7 @@ class Devices:
             part.refuse_while_capturing("the set of parameters that have a gradient")
         rows = [part.rows[r] for part, some in zip(self._parts, active, strict=True) for r in some]
         places = sorted(range(len(rows)), key=lambda i: self._order[id(rows[i].param)])
-        self._places = [part.sent(torch.tensor(places)) for part in self._parts]
+        self._places = [part.sent(torch.tensor(places, device="cpu")) for part in self._parts]
         self._active = active
 
 

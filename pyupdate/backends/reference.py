@@ -8,7 +8,7 @@ Slow, and right to the same bits as the compiled ones: it runs the very rule tex
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,6 +67,7 @@ class Part:
         self._lacking: frozenset[int] = frozenset()
         self._made: frozenset[int] = frozenset()
         self._listed: list[int] | None = None
+        self._waiting: list[tuple[int, Row]] = []  # rows that this step has not written yet
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
         """Nothing: its steps are made in parts."""
@@ -94,6 +95,7 @@ class Part:
             if lacking[-1:] == [r] or lacks_average(inner, inputs):
                 fresh.append(r)
         self._lacking = frozenset(lacking)
+        self._waiting = self._active()
         check_all_memory(self.rows, self._rules, inputs)
         return fresh
 
@@ -116,18 +118,37 @@ class Part:
 
     @one_thread_in_forked_child()
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
-        """After a `check` that found all state: write."""
+        """After a `check` that found all state: write.
+
+        What takes most memory goes first, and of each row every new value is there before the first
+        is written: without enough memory for a step, nothing is written.
+        """
+        self._waiting.sort(key=lambda one: self._memory(one[1], inputs, request))
         with torch.no_grad():
-            for r, row in self._active():
-                self._step_row(r, row, inputs, request, multiplier)
+            while self._waiting:
+                new = self._new_values(*self._waiting[-1], inputs, request, multiplier)
+                self._write(*self._waiting.pop(), inputs, new)
         self._made = frozenset()
+
+    @property
+    def unwritten(self) -> Sequence[Row]:
+        """Where `apply` raised: the rows that are as they were."""
+        return [row for _, row in self._waiting]
 
     def _active(self) -> list[tuple[int, Row]]:
         return [(r, row) for r, row in enumerate(self.rows) if row.param.grad is not None]
 
-    def _step_row(
+    def _memory(self, row: Row, inputs: Inputs, request: Request) -> int:
+        """What a row's new values take, about, in bytes."""
+        values = 2 + len(self._rules[row.group].rule.state) + inputs.averages
+        if request.stochastic and row.param.dtype in HALVES:
+            values += 8  # bits and draws are int64
+        return row.param.numel() * values * (8 if row.param.dtype is torch.float64 else 4)
+
+    def _new_values(
         self, r: int, row: Row, inputs: Inputs, request: Request, multiplier: float
-    ) -> None:
+    ) -> _New:
+        """All that a row's step writes; writes nothing."""
         group = self._rules[row.group]
         rule = group.rule
         sign, *numbers = inputs.numbers[row.group]
@@ -146,10 +167,13 @@ class Part:
         for turn, stage in enumerate(rule.stages):
             function = bind(stage.function.text, "torch")
             out = function(*(known[name] for name in stage.function.arguments))
+            before = dict(known)
             for name, value in named_results(stage.function, out).items():
                 if name in stage.sums:
                     per_tensor[name] = _sum(_flat(value.expand(row.param.shape), row.param))
                 else:  # a later stage reads what was stored
+                    if any(value is before[other] for other in places if other != name):
+                        value = value.clone()  # what stands there, before it is written over
                     key = None
                     if request.stochastic and places[name].dtype in HALVES:
                         parameter, role = row.group << 32 | row.position, rule.elements.index(name)
@@ -161,18 +185,26 @@ class Part:
                 for name, number in named_results(stage.turn, turned).items():
                     (scalars if name in scalars else per_tensor)[name] = number
             known |= {name: _compute(per_tensor[name], like) for name in stage.leaves}
-        for name, place in places.items():
-            place.copy_(known[name])
-        for name, number in scalars.items():
-            state[name].fill_(number)
+        tensors = [(place, known[name]) for name, place in places.items()]
         if inputs.averages:
             average = inputs.state[row.param][AVERAGE]
             weight = _compute(request.ema_weight, like)
-            average.copy_(bind(averaged, "torch")(average.detach(), _load(row.param), weight))
+            now = bind(averaged, "torch")(average.detach(), known["param"], weight)
+            tensors.append((average, now))
+        return _New(tensors, [(state[name], number) for name, number in scalars.items()], count)
+
+    def _write(self, r: int, row: Row, inputs: Inputs, new: _New) -> None:
+        group = self._rules[row.group]
+        state = inputs.state[row.param] if group.keys else {}
+        for place, value in new.tensors:
+            place.copy_(value)
+        for scalar, number in new.scalars:
+            scalar.fill_(number)
         if group.counts_steps:
-            state["step"].fill_(count)
+            state["step"].fill_(new.made)
         else:
-            self._counters[r] = (state.get(next(iter(rule.state), ""), row.param), count)
+            buffer = state.get(next(iter(group.rule.state), ""), row.param)
+            self._counters[r] = (buffer, new.made)
 
     def _count(self, r: int, group: GroupRule, state: dict[str, torch.Tensor]) -> int:
         """The step that is being made."""
@@ -189,6 +221,14 @@ class Part:
         self._made = self._lacking
 
 
+class _New(NamedTuple):
+    """What the step of a row writes: values beside their places, and the number of the step."""
+
+    tensors: list[tuple[torch.Tensor, torch.Tensor]]
+    scalars: list[tuple[torch.Tensor, float]]
+    made: int
+
+
 def _gradient(row: Row) -> torch.Tensor:
     assert row.param.grad is not None
     return row.param.grad.detach()
@@ -203,7 +243,7 @@ def _load(stored: torch.Tensor) -> torch.Tensor:
 def _compute(value: float, like: torch.Tensor) -> torch.Tensor:
     """A number as a 0-dim tensor of the compute type, rounded once."""
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return torch.tensor(value, dtype=torch.float64).to(dtype).to(like.device)
+    return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(like.device)
 
 
 def _stored(

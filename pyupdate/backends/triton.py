@@ -88,6 +88,7 @@ class Part:
     """The rows of a plan on one device, read by Python."""
 
     reads_scaling = True
+    unwritten = ()
 
     def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule], averages: bool) -> None:
         self.rows = rows
@@ -262,7 +263,9 @@ class Part:
         if self._extents.meet([g for g in gradients if g is not None]):
             return False
         assert self._tables is not None
-        self._tables.move_gradients(torch.tensor(addresses, dtype=torch.int64), self._send)
+        self._tables.move_gradients(
+            torch.tensor(addresses, dtype=torch.int64, device="cpu"), self._send
+        )
         return True
 
     def _kept(self, rule: GroupRule) -> tuple[str, ...]:

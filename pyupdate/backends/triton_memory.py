@@ -29,8 +29,10 @@ class Extents:
 
 def _extents(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     full = [tensor for tensor in tensors if tensor.numel()]
-    begins = torch.tensor([tensor.data_ptr() for tensor in full], dtype=torch.int64)
-    sizes = torch.tensor([t.numel() * t.element_size() for t in full], dtype=torch.int64)
+    begins = torch.tensor([tensor.data_ptr() for tensor in full], dtype=torch.int64, device="cpu")
+    sizes = torch.tensor(
+        [t.numel() * t.element_size() for t in full], dtype=torch.int64, device="cpu"
+    )
     return begins, begins + sizes
 
 

@@ -133,8 +133,8 @@ class Tables:
         for launch, (begin, _) in zip(self._launches, places[2::2], strict=False):
             for local, e in enumerate(launch.entries):
                 gradient_at[e] = begin + local * _WIDTH + 1
-        self._gradient_at = torch.tensor(gradient_at, dtype=torch.int64)
-        self._host = torch.tensor(flat or [0, 0], dtype=torch.int64)
+        self._gradient_at = torch.tensor(gradient_at, dtype=torch.int64, device="cpu")
+        self._host = torch.tensor(flat or [0, 0], dtype=torch.int64, device="cpu")
         sent = send(self._host)
         views = iter([sent[begin : begin + n] for begin, n in places])
         self._first_chunks, self._chunk_of = next(views), next(views)

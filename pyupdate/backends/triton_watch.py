@@ -64,7 +64,7 @@ class WatchedPart(Part):
             return []
         self._refuse_while_capturing("an address or the set of gradients has changed")
         if moved == _GRADIENTS and self._tables is not None:
-            addresses = torch.empty(len(self._active), dtype=torch.int64)
+            addresses = torch.empty(len(self._active), dtype=torch.int64, device="cpu")
             self._watch.gradients(addresses.data_ptr())
             self._tables.move_gradients(addresses, self._send)
             self._watch.was_drawn()

@@ -142,7 +142,9 @@ class Contestant:
 
         def numbers(shape: Shape, scale: float) -> torch.Tensor:
             narrow = workload.of_vectors if len(shape) < 2 else None
-            return (torch.randn(shape, generator=random) * scale).to(narrow or workload.dtype)
+            return (torch.randn(shape, generator=random, device="cpu") * scale).to(
+                narrow or workload.dtype
+            )
 
         # A backward pass leaves gradients that carry the scale; torch unscales and clips them where
         # they are, so each such step starts from a fresh copy, which is made off the clock.
@@ -160,7 +162,9 @@ class Contestant:
             param.grad = grad.clone() if self._spoilt else grad
         self.averages = [param.detach().clone() for param in self.params if kind == "average"]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1_000_000)
-        self.scaler.scale(torch.ones(()))  # makes the scale's tensor, as the first loss does
+        self.scaler.scale(
+            torch.ones((), device="cpu")
+        )  # makes the scale's tensor, as the first loss does
         whole = getattr(self.optimizer, "whole_step", None)
         self.run: Callable[[], None] = self._ours if name.split()[0] == OURS else self._theirs
         if whole is not None:

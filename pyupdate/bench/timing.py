@@ -63,7 +63,7 @@ def ratio(theirs: Times, ours: Times) -> float:
 
 def calibrate() -> float:
     """The median time of a stream through memory: a + b -> c."""
-    a, b, c = (torch.ones(CALIBRATION) for _ in range(3))
+    a, b, c = (torch.ones(CALIBRATION, device="cpu") for _ in range(3))
     times = []
     for _ in range(15):
         start = time.perf_counter()

@@ -126,7 +126,7 @@ def error_of_corrections(
     unit = torch.finfo(dtype).eps / 2.0
     total = 0.0
     for beta, share in ((named["beta1"], 1.0), (named["beta2"], 0.5)):
-        rounded = torch.tensor(beta, dtype=dtype).double().item()
+        rounded = torch.tensor(beta, dtype=dtype, device="cpu").double().item()
         of_power = count * abs(rounded / beta - 1.0) + (count - 1) * 2.0 * unit
         power = beta**count
         total += share * (power * of_power / (1.0 - power) + unit)
@@ -162,9 +162,9 @@ def _parts(contestant: Contestant, rule: Rule) -> list[Part]:
 def _some(size: int, most: int, random: torch.Generator) -> torch.Tensor:
     """Both ends, and what chance picks between: a loop may leave out one lane of eight."""
     if size <= most:
-        return torch.arange(size)
-    ends = torch.arange(ENDS)
-    between = torch.randint(size, (most - 2 * ENDS,), generator=random)
+        return torch.arange(size, device="cpu")
+    ends = torch.arange(ENDS, device="cpu")
+    between = torch.randint(size, (most - 2 * ENDS,), generator=random, device="cpu")
     return torch.cat([ends, between, size - 1 - ends])
 
 

@@ -29,7 +29,7 @@ class Gauge:
     """A stream through memory that stays the same: new pages would have a speed of their own."""
 
     def __init__(self) -> None:
-        self._a, self._b, self._c = (torch.ones(timing.CALIBRATION) for _ in range(3))
+        self._a, self._b, self._c = (torch.ones(timing.CALIBRATION, device="cpu") for _ in range(3))
         self.read()  # the pages' first touch
 
     def read(self) -> float:

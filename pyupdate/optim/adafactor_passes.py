@@ -58,7 +58,7 @@ class Numbers:
         self._threshold = self._small([float(group["d"])], torch.float64)
         self.multiplier: float | None = None
         if multiplier * sign != 1.0:  # rounded here, or a product would be of two precisions
-            self.multiplier = float(torch.tensor(multiplier * sign, dtype=self.dtype))
+            self.multiplier = float(torch.tensor(multiplier * sign, dtype=self.dtype, device="cpu"))
         self.clip_value = clip_value
         self._prepared: dict[tuple[float, ...], tuple[Any, Any, Any]] = {}
 

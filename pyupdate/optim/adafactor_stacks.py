@@ -35,7 +35,7 @@ class Torch:
     @staticmethod
     def of_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Any:
         """Some numbers as they take them."""
-        return torch.tensor(values, dtype=torch.float64).to(device, dtype)
+        return torch.tensor(values, dtype=torch.float64, device="cpu").to(device, dtype)
 
     @staticmethod
     def of_tensor(values: Tensor) -> Any:

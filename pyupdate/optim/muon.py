@@ -160,7 +160,7 @@ def _loaded(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _number(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64).to(like)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu").to(like)
 
 
 @planned(_muon, counts_steps=False, finish=_finish, check=_check, lacks=("ema_decay",))
@@ -197,7 +197,7 @@ class Muon(Planned, torch.optim.Muon):
             super().__init__(params, *args, **kwargs)
             return
         # Torch's constructor looks at the shapes; ours, in add_param_group, at what we take.
-        super().__init__([nn.Parameter(torch.zeros(1, 1))], *args, **kwargs)
+        super().__init__([nn.Parameter(torch.zeros(1, 1, device="cpu"))], *args, **kwargs)
         self.param_groups.clear()
         self.defaults["flatten_trailing"] = True
         groups = list(params)

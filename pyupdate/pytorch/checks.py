@@ -292,7 +292,8 @@ def _check_cluster(cluster: list[_Extent]) -> None:
     if not cluster or plain or not any(extent.memory.written for extent in cluster):
         return
     start = cluster[0].start
-    marks = torch.zeros(max(extent.end for extent in cluster) - start, dtype=torch.uint8)
+    span = max(extent.end for extent in cluster) - start
+    marks = torch.zeros(span, dtype=torch.uint8, device="cpu")
     for extent in sorted(cluster, key=lambda extent: not extent.memory.written):
         what, tensor, written = extent.memory
         size = tensor.element_size()
@@ -311,7 +312,7 @@ def _check_cluster(cluster: list[_Extent]) -> None:
         if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             expanded = True
         else:
-            index = torch.arange(marks.numel()).as_strided(
+            index = torch.arange(marks.numel(), device="cpu").as_strided(
                 view.shape, view.stride(), view.storage_offset()
             )
             marks[index.reshape(-1)] = 1

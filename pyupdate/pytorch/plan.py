@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
-from ..backends import REFERENCE, Backend, backend_for, choice
+from ..backends import REFERENCE, Backend, backend_for, choice, reference
 from ..backends import cpu as cpu_backend
 from ..backends import cuda as cuda_backend
 from ..backends.cuda_devices import Devices
@@ -33,6 +33,10 @@ class Part(Protocol):
     @property
     def nbytes(self) -> int:
         """Memory of its tables."""
+
+    @property
+    def unwritten(self) -> Sequence[Row]:
+        """Where `apply` raised: the rows that it is known to have left as they were."""
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
         """The whole step at once; None, and nothing done, where it must be made in parts."""
@@ -165,10 +169,24 @@ class Plan:
         except BaseException:
             self._drop_states(made, inputs)
             raise
-        for part in self.parts:
-            part.apply(inputs, request, multiplier)
+        self._apply(inputs, request, multiplier, made)
         self.lacked_state = False
         return LastUpdate(norm, skipped=False, multiplier=multiplier)
+
+    def _apply(
+        self, inputs: Inputs, request: Request, multiplier: float, made: Sequence[tuple[Any, str]]
+    ) -> None:
+        """Write; what a part that takes memory for it cannot do is found out first."""
+        waiting = sorted(self.parts, key=lambda part: not isinstance(part, reference.Part))
+        try:
+            while waiting:
+                waiting[0].apply(inputs, request, multiplier)
+                del waiting[0]
+        except BaseException:  # rows that were written keep what was made for them
+            left = [*waiting[0].unwritten, *(row for part in waiting[1:] for row in part.rows)]
+            kept = {id(row.param) for row in left}
+            self._drop_states([one for one in made if id(one[0]) in kept], inputs)
+            raise
 
     def _check_parts(self, inputs: Inputs) -> list[list[int]]:
         """What each part's check says."""
