@@ -72,12 +72,13 @@ def outcome(program: Program, sizes: tuple[int, ...] = (5, 70, 40_001)) -> tuple
 def test_sanitizers_find_nothing_and_the_bits_are_the_oracles(tmp_path, flags):
     program = build(tmp_path, flags)
     for rule in TWO:
-        groups, rows = small(rule, (0, 1, 7, 70, 1_025, 40_001))
-        asked = Asked(reduce=True, max_norm=0.5, clip_value=1.0)
-        found = run_steps(program, groups, rows, asked, order=3)
-        for a, b in zip(found.arrays, expected(groups, rows, asked).arrays, strict=True):
-            for name, wanted in b.items():
-                assert np.array_equal(a[name], wanted), name
+        for sizes in ((0, 1, 7, 70, 1_025, 40_001), (40_001, 5, 70)):
+            groups, rows = small(rule, sizes)
+            asked = Asked(reduce=True, max_norm=0.5, clip_value=1.0)
+            found = run_steps(program, groups, rows, asked, order=3)
+            for a, b in zip(found.arrays, expected(groups, rows, asked).arrays, strict=True):
+                for name, wanted in b.items():
+                    assert np.array_equal(a[name], wanted), name
 
 
 # ----- planted ------------------------------------------------------------------------------------
@@ -114,6 +115,20 @@ def test_a_missing_fence_before_the_ticket_is_seen_by_thread_sanitizer(tmp_path)
     )
     assert code != 0
     assert "data race" in said
+
+
+BEFORE = ("__threadfence();\n    last = atomicAdd", "last = atomicAdd")
+BEHIND = ("== gridDim.x;\n    __threadfence();", "== gridDim.x;")
+
+
+@pytest.mark.parametrize(("old", "new"), [BEFORE, BEHIND], ids=["before", "behind"])
+def test_a_missing_fence_at_the_last_blocks_ticket_is_seen_by_thread_sanitizer(tmp_path, old, new):
+    program = build(tmp_path, THREAD, file="reduce.cu", old=old, new=new)
+    # The first block fences for its part of the long row, then sums a short one.
+    for sizes in ((40_001, 5, 70), (5, 70, 1_000, 3_000)):
+        code, said = outcome(program, sizes)
+        assert code != 0, sizes
+        assert "data race" in said
 
 
 def test_a_barrier_in_a_divergent_branch_ends_the_launch(tmp_path):
