@@ -58,7 +58,8 @@ class Options:
             exactly, inf and nan are stored as they are; what overflows to nearest, overflows.
         seed: of the stochastic rounding. What is drawn depends on it, on the step count, on the
             parameter's place in its group and the group's in the optimizer, and on the element's
-            place in the parameter's memory: a run repeats itself to the bit on any back end.
+            place in the parameter's memory: a run repeats itself to the bit on any back end. `SGD`,
+            `LARS` and `Muon` keep no step count: after ``load_state_dict`` they count anew.
     """
 
     max_norm: float | None = None

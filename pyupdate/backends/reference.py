@@ -178,7 +178,7 @@ class Part:
                     if request.stochastic and places[name].dtype in HALVES:
                         parameter, role = row.group << 32 | row.position, rule.elements.index(name)
                         key = rounding.key_of(request.seed, count, parameter, turn, role)
-                    known[name] = _load(_stored(value, places[name].dtype, row.param, key))
+                    known[name] = _load(stored_as(value, places[name].dtype, row.param, key))
             if stage.turn is not None:
                 given = hypers | scalars | per_tensor
                 turned = stage.turn.text(*(given[name] for name in stage.turn.arguments))
@@ -246,7 +246,7 @@ def _compute(value: float, like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(like.device)
 
 
-def _stored(
+def stored_as(
     value: torch.Tensor, dtype: torch.dtype, param: torch.Tensor, key: int | None
 ) -> torch.Tensor:
     """Rounded to a dtype: to nearest even, or by chance with a key."""

@@ -23,13 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import rules
+from ..backends.reference import stored_as
+from ..kernels import rounding, rules
 from ..kernels.bind import bind
 from ..kernels.composite import muon_direction, muon_move
 from ..kernels.language import Rule
 from ..options import LastUpdate
 from ..pytorch import step as engine
 from ..pytorch.rows import Group, Row, number_of, require_numbers, require_read
+from ..pytorch.state import HALVES
 from .planned import Planned, planned
 
 # Elements of a stack: 64 MiB of bfloat16, and four times that for what it is made of.
@@ -91,22 +93,44 @@ def _check_iteration(group: Group, index: int) -> None:
 @torch.no_grad()
 def _finish(optimizer: Any, rows: Sequence[Row], last: LastUpdate) -> None:
     """Orthogonalise and move what has a gradient, stack by stack."""
-    clip_value = engine.options_of(optimizer).clip_value
-    stacks: dict[Any, list[Tensor]] = {}
+    options = engine.options_of(optimizer)
+    stacks: dict[Any, list[Row]] = {}
     for row in rows:
         param = row.param
         if param.grad is None or param.numel() == 0:
             continue
         key = (row.group, param.shape, param.dtype, param.device)
-        stacks.setdefault(key, []).append(param)
-    for (index, shape, *_), params in stacks.items():
+        stacks.setdefault(key, []).append(row)
+    for (index, shape, *_), of_shape in stacks.items():
         group = optimizer.param_groups[index]
         most = max(1, _STACK // math.prod(shape))
-        for start in range(0, len(params), most):
-            some = params[start : start + most]
-            directions = _directions(some, optimizer.state, group, last.multiplier, clip_value)
+        for start in range(0, len(of_shape), most):
+            some = of_shape[start : start + most]
+            params = [row.param for row in some]
+            directions = _directions(
+                params, optimizer.state, group, last.multiplier, options.clip_value
+            )
             updates = _orthogonalised(directions.flatten(2), group)
-            _move(some, updates, group)
+            keys: list[int | None] = [None] * len(some)
+            if options.stochastic_rounding and params[0].dtype in HALVES:
+                keys = [_key(optimizer, row, options.seed) for row in some]
+            _move(params, updates, group, keys)
+
+
+def _key(optimizer: Any, row: Row, seed: int) -> int:
+    """What a parameter's move is rounded by in this step, which is counted.
+
+    Like the counts of rules whose steps torch does not count: from 1 where the buffer is another.
+    """
+    known = engine.engine_of(optimizer)
+    if known.known is None:
+        known.known = {}
+    buffer = optimizer.state[row.param]["momentum_buffer"]
+    before, count = known.known.get(id(row.param), (None, 0))
+    count = count + 1 if before is buffer else 1
+    known.known[id(row.param)] = (buffer, count)
+    # Stage 0 is the momentum's pass; the parameter is the role 0, as everywhere.
+    return rounding.key_of(seed, count, row.group << 32 | row.position, 1, 0)
 
 
 def _directions(
@@ -139,18 +163,21 @@ def _orthogonalised(directions: Tensor, group: Group) -> Tensor:
     return x.mT if tall else x
 
 
-def _move(params: Sequence[Tensor], updates: Tensor, group: Group) -> None:
+def _move(
+    params: Sequence[Tensor], updates: Tensor, group: Group, keys: Sequence[int | None]
+) -> None:
     lr = float(group["lr"])
     rows, columns = updates.shape[1:]
     ratio = math.sqrt(max(1.0, rows / columns))
     if group["adjust_lr_fn"] == "match_rms_adamw":
         ratio = 0.2 * math.sqrt(max(rows, columns))
     move = bind(muon_move, "torch")
-    for param, update in zip(params, updates, strict=True):
+    for param, update, key in zip(params, updates, keys, strict=True):
         like = _loaded([param], param)[0]
         decay = _number(1.0 - lr * float(group["weight_decay"]), like)
         step_size = _number(lr * ratio, like)
-        param.copy_(move(like, update.to(like.dtype).reshape(param.shape), decay, step_size))
+        moved = move(like, update.to(like.dtype).reshape(param.shape), decay, step_size)
+        param.copy_(stored_as(moved, param.dtype, param, key))
 
 
 def _loaded(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
