@@ -136,8 +136,12 @@ def test_kinds_of_parameters(kind, way, backend):
     pyupdate.build(net, optimizer)
     for param in net.good.parameters():
         param.grad = torch.ones_like(param)
-    if not kind.startswith("nested"):  # whose gradients torch does not let be set
-        net.odd.part.grad = make()
+    before = snapshot(optimizer)
+    if kind.startswith("nested"):  # torch does not let its gradient be set: it is left alone
+        optimizer.step()
+        assert snapshot(optimizer) != before
+        return
+    net.odd.part.grad = make()
     before = snapshot(optimizer)
     with pytest.raises(TypeError, match=re.escape("'odd.part'")) as refused:
         optimizer.step()

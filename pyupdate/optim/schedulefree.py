@@ -10,7 +10,7 @@ import torch
 from ..kernels import rules
 from ..kernels.language import Rule
 from ..pytorch import checks
-from ..pytorch.rows import NO_NUMBER, Group, number_of, require
+from ..pytorch.rows import NO_NUMBER, Group, name_of, number_of, require
 from ..pytorch.step import check_not_swapped, engine_of
 from . import arguments
 from .planned import Planned, planned
@@ -122,7 +122,7 @@ class ScheduleFreeAdamW(Planned):
             beta1 = _first_beta(group, index)
             weight = 1.0 - beta1 if to_training else 1.0 - 1.0 / beta1
             for position, param in enumerate(group["params"]):
-                z = self._z_of(param, f"group {index}, parameter {position}")
+                z = self._z_of(param, name_of(group, index, position, engine_of(self).names))
                 if z is not None:
                     moves.append((param, z, weight))
         for param, z, weight in moves:  # all is looked at before the first moves

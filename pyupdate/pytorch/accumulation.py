@@ -18,6 +18,7 @@ from pyupdate import amp
 
 from . import step
 from .counted import Changes, Counted, Gradients
+from .rows import name_of
 
 POSITION = "accumulated"
 """In each group of an open window: the micro-batches that are in its parameters' `.grad`."""
@@ -145,11 +146,9 @@ class Window:
         raise RuntimeError(message)
 
     def _name(self, param: torch.Tensor) -> str:
-        name = step.engine_of(self._optimizer).names.get(id(param))
-        if name is not None:
-            return f"'{name}'"
+        names = step.engine_of(self._optimizer).names
         return next(
-            f"'group {g}, parameter {p}'"
+            f"'{name_of(group, g, p, names)}'"
             for g, group in enumerate(self._optimizer.param_groups)
             for p, other in enumerate(group["params"])
             if other is param

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as torch_optimizer
 
 from . import state
@@ -183,6 +184,9 @@ def _check_kind(tensor: torch.Tensor, what: str) -> None:
         message = f"{what} is {type(tensor).__name__}, not a tensor"
         raise TypeError(message)
     kind = None
+    if is_lazy(tensor):
+        message = f"{what} is uninitialised: run a forward pass of its lazy module first"
+        raise TypeError(message)
     if not owns_its_memory(type(tensor)):
         kind = f"a {type(tensor).__name__}, which wraps other tensors"
     elif tensor.layout is not torch.strided:

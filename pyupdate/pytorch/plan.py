@@ -11,6 +11,8 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from ..backends import REFERENCE, Backend, backend_for, choice, reference
 from ..backends import cpu as cpu_backend
 from ..backends import cuda as cuda_backend
@@ -58,9 +60,16 @@ class Plan:
     """The rows of one optimizer, or of a subset of its parameters, parted by back end."""
 
     def __init__(
-        self, rows: Sequence[Row], rules: Sequence[GroupRule], *, averages: bool = False
+        self,
+        rows: Sequence[Row],
+        rules: Sequence[GroupRule],
+        *,
+        averages: bool = False,
+        left_out: Sequence[torch.Tensor] = (),
     ) -> None:
         self.rows = rows
+        self.left_out = left_out
+        """What has no gradient and could not be stepped if it had one; not once it has."""
         self.rules = rules
         self.averages = averages
         self.choice = choice()
@@ -90,6 +99,17 @@ class Plan:
     def backends(self) -> tuple[str, ...]:
         """The names of the back ends that step it."""
         return tuple(sorted(set(self._names)))
+
+    def fits(self, rules: Sequence[GroupRule], inputs: Inputs) -> bool:
+        """Whether it is still what would be made; its parts see by themselves what they step."""
+        return (
+            # Without parts it cannot tell whether the groups list other parameters by now.
+            bool(self.parts)
+            and self.rules == rules
+            and self.choice == choice()
+            and self.averages == inputs.averages
+            and all(param.grad is None for param in self.left_out)
+        )
 
     def step(self, inputs: Inputs, options: Options, scaling: Scaling) -> LastUpdate:
         """Check everything, then reduce, then write.

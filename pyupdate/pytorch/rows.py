@@ -225,28 +225,57 @@ def _is_number_of_a_tensor(value: object) -> bool:
     return value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
 
 
+def name_of(group: Group, index: int, position: int, names: Mapping[int, str]) -> str:
+    """What errors call a parameter: as its model does, as torch was told, or by its place.
+
+    Args:
+        group: of the optimizer, which has ``param_names`` if it was given named parameters.
+        index: the group's.
+        position: of the parameter in it.
+        names: the model's, by the parameters' ids.
+    """
+    known = names.get(id(group["params"][position]))
+    if known is not None:
+        return known
+    told = group.get("param_names")
+    if isinstance(told, Sequence) and len(told) == len(group["params"]):
+        return str(told[position])
+    return f"group {index}, parameter {position}"
+
+
 def rows_of(
     groups: Sequence[Group], only: Collection[int] | None, names: Mapping[int, str]
-) -> list[Row]:
+) -> tuple[list[Row], list[torch.Tensor]]:
     """Every parameter of the groups, or those whose id is in `only`, checked.
 
+    Returns:
+        Their rows, and what no back end can step and has no gradient: torch leaves that alone, and
+        it must be looked at again when it has one.
+
     Raises:
-        TypeError, ValueError: a parameter that no back end can step.
+        TypeError, ValueError: a parameter that has a gradient and that no back end can step.
     """
     rows = []
+    left_out = []
     seen: set[int] = set()
     for g, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            name = names.get(id(param), f"group {g}, parameter {position}")
             if only is not None and id(param) not in only:
                 continue
-            checks.check_parameter(param, name)
+            name = name_of(group, g, position, names)
             if id(param) in seen:
                 message = f"parameter '{name}' stands in the optimizer twice: leave one out"
                 raise ValueError(message)
             seen.add(id(param))
-            rows.append(Row(param, g, position, name))
-    return rows
+            try:
+                checks.check_parameter(param, name)
+            except TypeError:
+                if not isinstance(param, torch.Tensor) or param.grad is not None:
+                    raise
+                left_out.append(param)  # frozen int8, or a lazy module's before its first forward
+            else:
+                rows.append(Row(param, g, position, name))
+    return rows, left_out
 
 
 def has_state(inner: Mapping[str, Any] | None, keys: Sequence[str], name: str) -> bool:

@@ -14,7 +14,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .. import amp
-from ..backends import choice
 from ..backends import cpu as cpu_backend
 from ..options import LastUpdate, Options
 from .checks import check_capturable
@@ -383,17 +382,11 @@ def _plan(
     engine: Engine, inputs: Inputs, rules: list[GroupRule], key: tuple[int, ...] | None
 ) -> Plan:
     plan = engine.plans.get(key)
-    # A plan without parts cannot tell whether the groups list other parameters by now.
-    if (
-        plan is not None
-        and plan.parts
-        and plan.rules == rules
-        and plan.choice == choice()
-        and plan.averages == inputs.averages
-    ):
+    if plan is not None and plan.fits(rules, inputs):
         return plan
-    rows = rows_of(inputs.groups, None if key is None else frozenset(key), engine.names)
+    only = None if key is None else frozenset(key)
+    rows, left_out = rows_of(inputs.groups, only, engine.names)
     while len(engine.plans) >= engine.kept:
         del engine.plans[next(iter(engine.plans))]
-    plan = engine.plans[key] = Plan(rows, rules, averages=inputs.averages)
+    plan = engine.plans[key] = Plan(rows, rules, averages=inputs.averages, left_out=left_out)
     return plan
