@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ("pyupdate/**/*.py", "pyupdate/_C*.so", "kernels/**/*.py")
-"""What runs when a step of ours is timed; the compiled module, not what it is compiled from."""
+MEASURED = ("pyupdate/**/*.py", "pyupdate/_C*.so", "pyupdate/_cuda*.so", "kernels/**/*.py")
+"""What runs when a step of ours is timed; the compiled modules, not what they are compiled from."""
 DECIDES = ("pyupdate", "kernels", "csrc", "benchmarks/*.py", "CMakeLists.txt", "setup.py")
 """For git: what a figure depends on. Not the results, which a run writes itself."""
 

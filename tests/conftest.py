@@ -27,6 +27,20 @@ ISAS = ("v2", "v3", "v4") if platform.machine() in ("x86_64", "AMD64") else ("pl
 """The builds of csrc/cpu/passes.cpp."""
 
 
+@pytest.hookimpl(trylast=True)  # after -k and -m have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what other processes run: PYUPDATE_TEST_PART=1/3 is every third test, from the second.
+
+    `make gpu` has no pytest-xdist.
+    """
+    part = os.environ.get("PYUPDATE_TEST_PART")
+    if part is None:
+        return
+    here, count = (int(number) for number in part.split("/"))
+    config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % count != here])
+    items[:] = items[here::count]
+
+
 def _backends() -> list[Any]:
     skip = pytest.mark.skip
     return [
