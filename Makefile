@@ -49,7 +49,7 @@ $(venv):
 # The requirements of pyproject.toml's extra "dev", read from it: the editable install below then needs no network.
 $(tools): $(venv) constraints.txt pyproject.toml
 	$(pip) install -q -c constraints.txt setuptools cmake ninja pybind11
-	PYUPDATE_PURE_PYTHON=1 PYUPDATE_REQUIRE_COMPILED= $(pip) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	PYUPDATE_PURE_PYTHON=1 PYUPDATE_REQUIRE_COMPILED= PYUPDATE_CUDA= $(pip) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 # Editable, the compiled module beside the sources. pip hides what a build says, so what it recorded is shown. Without the

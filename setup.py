@@ -4,7 +4,8 @@
 The metadata is in pyproject.toml. Of the CUDA module pyupdate/nvcc.py decides. Two environment
 variables decide about the other one:
 PYUPDATE_PURE_PYTHON=1 leaves it out, PYUPDATE_REQUIRE_COMPILED=1 turns a failed build into a failed
-install. Without them a failed build is reported on stderr and recorded in
+install; PYUPDATE_CUDA=1, which asks for both modules, fails it with either of the two. Without them
+a failed build is reported on stderr and recorded in
 pyupdate/_build_info.json, which ``python -m pyupdate`` shows, and every update runs in pure Python.
 
 No half-built module can ever be imported: an older one is removed first, the new one is built in
@@ -48,6 +49,7 @@ class BuildExtension(build_ext):
         for stale in (*module.parent.glob(f"{module.name}*"), *cuda.parent.glob(f"{cuda.name}*")):
             stale.unlink()
         write_record(record, reason="the build was interrupted")
+        asked_for_cuda = os.environ.get("PYUPDATE_CUDA", "").strip() == "1"
         try:
             if wanted("PYUPDATE_PURE_PYTHON"):
                 raise BuildFailedError("PYUPDATE_PURE_PYTHON=1 was set when pyupdate was installed")
@@ -59,6 +61,8 @@ class BuildExtension(build_ext):
             unfinished.replace(module)
         except (BuildFailedError, OSError) as error:
             write_record(record, reason=str(error))
+            if asked_for_cuda:  # which is built behind this one, so it is not there either
+                raise SystemExit(f"pyupdate: PYUPDATE_CUDA=1, but {error}") from error
             if wanted("PYUPDATE_REQUIRE_COMPILED"):
                 raise SystemExit(f"pyupdate: PYUPDATE_REQUIRE_COMPILED=1, but {error}") from error
             sys.stderr.write(

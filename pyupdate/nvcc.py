@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an install builds the CUDA module, and for which GPUs. Called while pyupdate is built.
 
-``PYUPDATE_CUDA=auto`` (the default) builds it where there are nvcc and a GPU, for that GPU alone: a
-build for every GPU takes minutes. ``PYUPDATE_CUDA=1`` builds it for all of `ALL`, or for what
-``PYUPDATE_CUDA_ARCHS`` names, on any machine with nvcc, and makes a failure a failed install;
-``PYUPDATE_CUDA=0`` leaves it out.
+``PYUPDATE_CUDA=auto`` (the default) builds it where there are nvcc and a GPU, for that GPU alone or
+for what ``PYUPDATE_CUDA_ARCHS`` names: a build for every GPU takes minutes. ``PYUPDATE_CUDA=1``
+builds it for all of `ALL`, or for what ``PYUPDATE_CUDA_ARCHS`` names, on any machine with nvcc, and
+makes a failure a failed install; ``PYUPDATE_CUDA=0`` leaves it out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def wanted(environment: Mapping[str, str]) -> Wanted:
     if nvcc is None:
         return Wanted(None, reason="no nvcc on PATH or in CUDA_HOME", required=required)
     named = environment.get("PYUPDATE_CUDA_ARCHS", "").strip()
-    present = "" if named else of_present_gpus(environment)
+    # Asked for though some are named: auto builds nothing without a GPU, whatever is named.
+    present = "" if named and required else of_present_gpus(environment)
     if not required and not present:
         return Wanted(
             None, reason="there was no GPU when pyupdate was installed (PYUPDATE_CUDA=1 builds it)"

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,12 @@ def test_auto_builds_for_the_gpus_that_are_there(tools):
     assert found.architectures == "86-real;90-real"
     assert found.nvcc is not None and found.nvcc.endswith("/nvcc")
     assert not found.required
+
+
+def test_auto_builds_for_those_that_are_named_where_a_gpu_is(tools):
+    named = {"PYUPDATE_CUDA_ARCHS": "90"}
+    assert nvcc.wanted({**tools(gpus="8.6\\n"), **named}).architectures == "90"
+    assert "no GPU" in str(nvcc.wanted({**tools(gpus=""), **named}).reason)
 
 
 @pytest.mark.parametrize("gpus", [None, ""], ids=["no driver", "it fails"])
@@ -72,6 +81,32 @@ def test_zero_leaves_it_out_and_another_word_is_refused(tools):
     assert found.nvcc is None and found.reason is not None and "PYUPDATE_CUDA=0" in found.reason
     with pytest.raises(ValueError, match="PYUPDATE_CUDA must be 0, 1 or auto, but is 'yes'"):
         nvcc.wanted({"PYUPDATE_CUDA": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"PYUPDATE_PURE_PYTHON": "1"}, "PYUPDATE_PURE_PYTHON=1 was set"),
+        ({"CXX": "/bin/false"}, "compiler"),
+    ],
+    ids=["pure Python", "no compiler"],
+)
+def test_an_install_that_asks_for_it_fails_without_the_other_module(tmp_path, setting, reason):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    unset = ("PYUPDATE_REQUIRE_COMPILED", "PYUPDATE_PURE_PYTHON")
+    base = {key: value for key, value in os.environ.items() if key not in unset}
+    codes = []
+    for choice in ("1", "0"):
+        environment = {**base, **setting, "PYUPDATE_CUDA": choice}
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, check=False
+        )
+        codes.append(done.returncode)
+        assert reason in done.stderr
+        assert ("pyupdate: PYUPDATE_CUDA=1, but" in done.stderr) == (choice == "1")
+    assert codes == [1, 0]
 
 
 def test_the_doctor_has_the_reason(tmp_path, monkeypatch):
