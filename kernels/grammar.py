@@ -22,7 +22,6 @@ import struct
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -93,17 +92,26 @@ _MENDS = {
 }
 
 
-@cache
 def analyse(text: Text) -> Function:
     """Check that a function is in the language and return its syntax tree and interface.
 
     Raises:
         RuleError: with file, line and the mend.
     """
-    assert isinstance(text, FunctionType)
-    tree = _parse(text)
-    ast.increment_lineno(tree, text.__code__.co_firstlineno - 1)
-    return _Check(text, tree).run()
+    return _analyse(text, ())
+
+
+_analysed: dict[Text, Function] = {}
+
+
+def _analyse(text: Text, callers: tuple[Text, ...]) -> Function:
+    found = _analysed.get(text)
+    if found is None:
+        assert isinstance(text, FunctionType)
+        tree = _parse(text)
+        ast.increment_lineno(tree, text.__code__.co_firstlineno - 1)
+        found = _analysed[text] = _Check(text, tree, (*callers, text)).run()
+    return found
 
 
 def _parse(text: FunctionType) -> ast.FunctionDef:
@@ -135,8 +143,11 @@ def error_at(text: Text, node: ast.AST | int, message: str) -> RuleError:
 class _Check:
     """Walks one function; knows which names have a value at each point."""
 
-    def __init__(self, text: FunctionType, tree: ast.FunctionDef) -> None:
+    def __init__(
+        self, text: FunctionType, tree: ast.FunctionDef, callers: tuple[Text, ...]
+    ) -> None:
         self.text = text
+        self.callers = callers  # this function last: who is being checked
         self.tree = tree
         self.known: set[str] = set()
         self.calls: dict[str, Function] = {}
@@ -278,7 +289,11 @@ class _Check:
         callee = self.text.__globals__.get(name)
         if not isinstance(callee, FunctionType):
             self.refuse(node, f"'{name}' is no function of the language")
-        function = self.calls[name] = analyse(callee)
+        if callee in self.callers:
+            ring = [one.__name__ for one in self.callers[self.callers.index(callee) :]]
+            said = " calls ".join([*ring, callee.__name__])
+            self.refuse(node, f"recursion is not in the language ({said}): write a loop")
+        function = self.calls[name] = _analyse(callee, self.callers)
         if function.name != name:
             self.refuse(node, f"'{name}' is defined as '{function.name}': call it by that name")
         if len(arguments) != len(function.arguments):

@@ -70,7 +70,7 @@ def build(
             (``max_norm``), with tied weights or with a module that reduces gradients over
             processes.
         TypeError: an option is unknown, of the wrong type, or given (`in_backward` too) with an
-            optimizer that cannot be accelerated.
+            optimizer that cannot be accelerated; the optimizer's step needs a closure (LBFGS).
 
     Example:
         >>> import torch, pyupdate

@@ -254,8 +254,9 @@ def test_memory_that_two_models_share(shared, backend, regions):
 def test_an_optimizer_without_a_rule(backend, regions):
     def make():
         models = settled(3)
-        build(models[1], lambda p: torch.optim.LBFGS(p, lr=0.1))
-        models[1].current_optimizer.step = lambda: models[1].a.data.add_(1.0)
+        other = torch.optim.LBFGS(models[1].parameters(), lr=0.1)
+        other.step = lambda: models[1].a.data.add_(1.0)
+        build(models[1], other)
         return models
 
     models, truths = make(), make()

@@ -292,3 +292,23 @@ def test_the_table_knows_every_mend_of_the_checker():
     said = " ".join(STATEMENTS.values())
     for mend in grammar._MENDS.values():
         assert any(part in mend for part in STATEMENTS.values()), (mend, said)
+
+
+RINGS = {
+    "itself": (
+        "def again(a):\n    return again(a) * a  # <-\n",
+        "again calls again",
+    ),
+    "each other": (
+        "def one(a):\n    return again(a)  # <-\n\ndef again(a):\n    return one(a) * a\n",
+        "again calls one calls again",
+    ),
+}
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_recursion_is_refused_with_its_line(ring, tmp_path):
+    functions, said = RINGS[ring]
+    body = "def bad(param, grad):\n    param = again(param)\n    return param\n"
+    text = f"{functions}\n@rule(state={{}}, prepare=prepare)\n{body}"
+    check_refused(text, f"recursion is not in the language ({said})", tmp_path)

@@ -21,7 +21,7 @@ from training import (
     scaler_of,
 )
 
-from pyupdate import update_model
+from pyupdate import build, update_model
 
 every_case = pytest.mark.parametrize("case", CASES)
 pytestmark = pytest.mark.usefixtures("backend_of_case")
@@ -166,3 +166,30 @@ def test_a_model_without_optimizer_says_how_to_attach_one():
         with pytest.raises(ValueError, match=r"Sequential.*attached.*pyupdate\.build"):
             update_model(model, loss_of(model, 0))
     assert all(param.grad is None for param in model.parameters())
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_by_name():
+    model = network()
+    words = r"'lines' is a LBFGS, whose step needs a closure.*step it yourself with its closure"
+    with pytest.raises(TypeError, match=words):
+        build(model, torch.optim.LBFGS, model_name="lines")
+    assert not hasattr(model, "current_optimizer")
+    model.model_name = "lines"
+    model.current_optimizer = torch.optim.LBFGS(model.parameters())
+    before = everything(model)
+    for defer in (False, True):
+        deferred: dict = {}
+        with pytest.raises(TypeError, match=words):
+            update_model(model, loss_of(model, 0), defer=defer, deferred=deferred)
+        assert deferred == {}
+        assert_untouched(before, model)
+
+
+@every_case
+def test_a_complex_loss_is_refused_by_name(case: Case):
+    model = case.model()
+    update_model(model, loss_of(model, 0))
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"'net' is complex \(torch\.complex64\).*loss\.abs\(\)"):
+        update_model(model, loss_of(model, 1).to(torch.complex64))
+    assert_untouched(before, model)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -52,6 +53,31 @@ def held(optimizer: Any) -> Iterator[Tensor]:
     """The parameters that an optimizer holds."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def check_steps_alone(name: str, optimizer: Any) -> None:
+    """Refuse an optimizer whose step evaluates the loss by itself.
+
+    Raises:
+        TypeError: it needs a closure.
+    """
+    if needs_closure(optimizer):
+        kind = type(optimizer).__name__
+        message = (
+            f"the optimizer of '{name}' is a {kind}, whose step needs a closure that evaluates the "
+            "loss again, and an update has only one loss: step it yourself with its closure, "
+            "optimizer.step(closure), or take one that steps on gradients"
+        )
+        raise TypeError(message)
+
+
+def needs_closure(optimizer: Any) -> bool:
+    """Whether its step cannot be called without one."""
+    try:
+        wanted = inspect.signature(optimizer.step).parameters.get("closure")
+    except (TypeError, ValueError):  # of a builtin: nobody knows
+        return False
+    return wanted is not None and wanted.default is inspect.Parameter.empty
 
 
 def check_holds(name: str, optimizer: Any, params: Sequence[Tensor]) -> None:

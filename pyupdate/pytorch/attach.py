@@ -39,6 +39,7 @@ def attach(
     kept = getattr(model, "model_name", None)
     if during_backward:
         in_backward.check_model(model_name or kept or kind, model, optimizer)
+    apply.check_steps_alone(model_name or kept or kind, optimizer)
     if model_name is None:
         model_name = kept if isinstance(kept, str) and kept else new_name(kind)
     model.current_optimizer = optimizer
@@ -59,7 +60,7 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, arguments: dict[str, 
             known = ", ".join(map(repr, sorted(named)))
             message = (
                 f"optimizer {optimizer!r} is unknown: give one of {known}, a pyupdate.rule, a "
-                "callable on the parameters such as torch.optim.LBFGS, or an optimizer"
+                "callable on the parameters such as torch.optim.AdamW, or an optimizer"
             )
             raise ValueError(message)
         return kind(params, **arguments)

@@ -118,6 +118,12 @@ def check_loss(name: str, loss: Tensor) -> None:
     if not loss.requires_grad:
         message = f"the loss given to update '{name}' does not require gradients: {_CAUSES}"
         raise ValueError(message)
+    if loss.is_complex():
+        message = (
+            f"the loss given to update '{name}' is complex ({loss.dtype}): a gradient is that of a "
+            "real number; give loss.abs(), its .real, or torch.view_as_real(loss) summed up"
+        )
+        raise ValueError(message)
     if loss.numel() == 0:
         message = (
             f"the loss given to update '{name}' has no elements, so no mean: is a batch empty?"

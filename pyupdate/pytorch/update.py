@@ -28,6 +28,8 @@ def update(
     optimizer = apply.optimizer_of(model, name)
     if step.has_rule(optimizer):
         step.check_not_swapped(step.engine_of(optimizer))
+    else:
+        apply.check_steps_alone(name, optimizer)
     scaler = _enabled(scaler)
     during = in_backward.is_wanted(model)
     if during:
