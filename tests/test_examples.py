@@ -94,7 +94,7 @@ def test_a_page_names_only_what_is_there(page: Path) -> None:
     sources = [
         ROOT / "setup.py",
         ROOT / "CMakeLists.txt",
-        ROOT / "tests" / "test_gpu.py",
+        ROOT / "tests" / "gpu_runs.py",
         *(path for path in (ROOT / "pyupdate").rglob("*.py") if "kernels" not in path.parts),
     ]
     code = "\n".join(map(text_of, sources))
