@@ -12,7 +12,7 @@ from device.sass import Instruction, Kernel
 PLANTED = Path(__file__).parent / "device" / "planted.cu"
 FAULTS = {
     "sound": [],
-    "fused": ["fma.rn.f32 in the PTX", "1 FFMA/DFMA, 0 for its divisions and roots"],
+    "fused": ["fma.rn.f32 in the PTX", "1 FFMA/FFMA2/DFMA, 0 for its divisions and roots"],
     "approximate": ["div.approx.f32 in the PTX", "1 MUFU, 0 for its divisions and roots"],
     "local": ["256 bytes of stack, 0 of spills", "accesses of local memory"],
     "narrow": ["no loads of 16 bytes", "no stores of 16 bytes"],

@@ -323,6 +323,10 @@ REFUSED = {
     "flush to zero": ("mul.rn.f32", "mul.rn.ftz.f32"),
     "an operand more": ("mul.rn.f32 \t", "mul.rn.f32 \t%r1, "),
     "type": ("add.rn.f64", "add.rn.f80"),
+    "a product that may be contracted": ("mul.rn.f32", "mul.f32"),
+    "a sum that may be contracted": ("add.rn.f64", "add.f64"),
+    "a store past a read-only cache": ("st.global.u32", "st.global.nc.u32"),
+    "a store that acquires": ("st.global.u32", "st.acquire.gpu.global.u32"),
 }
 
 

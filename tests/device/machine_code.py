@@ -11,8 +11,8 @@ No GPU is needed: nvcc, and of the Triton wheel cuobjdump and nvdisasm. A kernel
   registers), in fp64 twice (128), or it cannot load and store 16 bytes at once;
 - it is an apply kernel that writes, not of fp64, and a multiprocessor full of it asks for less than
   32 KiB before the first use: what covers the latency of memory;
-- its machine code has more MUFU, FFMA or DFMA than a kernel with the same division and square root
-  sites and nothing else: whatever is above was made by contraction;
+- its machine code has more MUFU, FFMA, FFMA2 or DFMA than a kernel with the same division and
+  square root sites and nothing else: whatever is above was made by contraction;
 - it reaches global memory by anything but a 64-bit address.
 
 What fails and is known stands in OPEN, with its reason; it is printed, and must still be there. The
@@ -182,7 +182,7 @@ def judge(kernel: Kernel, ptx: str, allowed: Kernel, architecture: int) -> Verdi
         faults.append(f"{kernel.stack} bytes of stack, {kernel.spills} of spills")
     if local := kernel.count("LDL", "STL"):
         faults.append(f"{local} accesses of local memory")
-    for kind in (("MUFU",), ("FFMA", "DFMA")):
+    for kind in (("MUFU",), ("FFMA", "FFMA2", "DFMA")):
         found, most = kernel.count(*kind), allowed.count(*kind)
         if found > most:
             faults.append(f"{found} {'/'.join(kind)}, {most} for its divisions and roots")

@@ -40,11 +40,14 @@ def _arithmetic(kernel: Kernel, i: Instruction) -> str:
     fused = i.opcode in ("mad", "fma")
     narrow = i.take(*HALVES) if kind == "f32" and i.opcode in ("add", "sub") else None
     target, *sources = i.take_operands(4 if fused else 3)
+    # ptxas may make one operation of a product and a sum that do not say how they are rounded.
+    if kind not in INTEGERS and not rounded:
+        raise Unsupported("no .rn: it may be contracted")
     if narrow:  # from sm_100 on: a half and an f32
         a, b = kernel.value(sources[0], narrow), kernel.value(sources[1], "f32")
         return kernel.put(target, kernel.bits(f"{a} {_OPERATORS[i.opcode]} {b}", "f32"))
     if kind not in INTEGERS:
-        if wide or (fused and not rounded):
+        if wide:
             raise Unsupported("rounding")
         write = "fused({0}, {1}, {2})" if fused else f"{{0}} {_OPERATORS[i.opcode]} {{1}}"
         return kernel.put(target, _each(kernel, kind, sources, write))

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _SPACES = ("global", "shared", "local", "param", "const", "shared::cta")
 # What changes no value: where a line is cached, and for how long.
-_CACHING = (
-    *("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"),
+_EVICTING = (
     *("L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last"),
-    *("L1::no_allocate", "L2::64B", "L2::128B", "L2::256B"),
-    *("L2::evict_normal", "L2::evict_first", "L2::evict_last"),
+    *("L1::no_allocate", "L2::evict_normal", "L2::evict_first", "L2::evict_last"),
 )
+_CACHING = {
+    "ld": ("ca", "cg", "cs", "lu", "cv", "nc", "L2::64B", "L2::128B", "L2::256B", *_EVICTING),
+    "st": ("wb", "cg", "cs", "wt", *_EVICTING),
+}
 
 
 def _space(i: Instruction) -> str:
@@ -30,11 +32,11 @@ def _space(i: Instruction) -> str:
 @form("ld", "st")
 def _access(kernel: Kernel, i: Instruction) -> str:
     store = i.opcode == "st"
-    if i.take("relaxed", "acquire", "release"):
+    if i.take("relaxed", "release" if store else "acquire"):
         i.need(*_SCOPES)
     i.take("volatile", "weak")
     space = _space(i)
-    while i.take(*_CACHING):
+    while i.take(*_CACHING[i.opcode]):
         pass
     policy = i.take("L2::cache_hint")
     count = int((i.take("v2", "v4", "v8") or "v1")[1:])
