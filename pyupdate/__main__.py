@@ -65,7 +65,9 @@ def _selftest(report: dict[str, object], *, quiet: bool) -> bool:
     """Whether every line of the self-test passed; the lines go to stdout, or into the report."""
     try:
         from . import selftest
-    except Exception as error:  # the doctor's answer, not its end
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the doctor's answer, not its end
         message = f"the self-test cannot run: {type(error).__name__}: {error}"
         report["selftest"] = {"passed": False, "error": message}
         if not quiet:
@@ -84,9 +86,13 @@ def _selftest(report: dict[str, object], *, quiet: bool) -> bool:
     passed = bool(ran) and not failed and report["backend"] is not None
     if not quiet:
         verdict = "passed" if passed else "FAILED"
-        sys.stdout.write(
-            f"self-test: {verdict}: {len(ran) - len(failed)} of {len(ran)} are right\n"
-        )
+        right = f"{len(ran) - len(failed)} of {len(ran)} are right"
+        if report["backend"] is None:
+            problems = report["problems"]
+            assert isinstance(problems, dict)
+            why = problems.get("back end in force", "no back end steps parameters on the CPU here")
+            right += f", but {why}"
+        sys.stdout.write(f"self-test: {verdict}: {right}\n")
     report["selftest"] = {"passed": passed, "results": [result.as_dict() for result in results]}
     return passed
 

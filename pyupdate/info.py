@@ -32,11 +32,13 @@ PACKAGES = (
 """Shown with their versions, which are read without importing them."""
 TENSORFLOWS = ("tensorflow", "tensorflow-cpu")
 KERASES = ("keras", "tf-keras")
-FRAGILE = ("torch", "pyupdate._C")
-"""Imported in a child process first."""
+FRAGILE = ("numpy", "torch", "pyupdate._C")
+"""Imported in a child process first, each without those before it that end one."""
 TRY_THEM = """
 import sys
-for name in sys.argv[1:]:
+killers, names = (one.split() for one in sys.argv[1:])
+sys.modules.update(dict.fromkeys(killers))
+for name in names:
     print(name, flush=True)
     try:
         __import__(name)
@@ -61,13 +63,16 @@ def report() -> Report:
     def ask(name: str, probe: Callable[[], Any]) -> Any:
         try:
             return probe()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # an import may raise SystemExit
             problems[name] = f"{type(error).__name__}: {error}"
             return None
 
     killers = ask("imports", imports_that_kill) or {}
     for name in killers:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it is an ImportError now
+        problems[f"import of {name}"] = killers[name]
     found: Report = {
         "pyupdate": ask("version", _version),
         "folder": str(Path(__file__).parent),
@@ -95,7 +100,7 @@ def imports_that_kill() -> dict[str, str]:
     names = [name for name in FRAGILE if name not in sys.modules]
     while names:
         done = subprocess.run(
-            [sys.executable, "-c", TRY_THEM, *names],
+            [sys.executable, "-c", TRY_THEM, " ".join(killers), " ".join(names)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -118,7 +123,9 @@ def back_ends(killers: dict[str, str] | None = None) -> list[dict[str, Any]]:
 
     try:
         reasons = dict(backends.available())
-    except Exception as error:  # an import that fails with more than an ImportError
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an import that fails with more than an ImportError
         why = f"{type(error).__name__}: {error}"
         reasons = {row.name: why for row in backends.BACKENDS}
     killed = killers or {}
@@ -126,6 +133,9 @@ def back_ends(killers: dict[str, str] | None = None) -> list[dict[str, Any]]:
         reasons = dict.fromkeys(reasons, killed["torch"])
     elif "pyupdate._C" in killed:
         reasons["cpu"] = killed["pyupdate._C"]
+    if "numpy" in killed:  # what fails without it says so
+        said = {name: why for name, why in reasons.items() if why and "numpy" in why}
+        reasons |= dict.fromkeys(said, killed["numpy"])
     return [
         {"name": row.name, "summary": row.summary, "runs": not why, "reason": why}
         for row in backends.BACKENDS
@@ -227,7 +237,9 @@ def build() -> dict[str, Any]:
         from . import _C
 
         found |= {"compiled": True, **_C.build_info()}
-    except Exception:  # the back ends say why
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # the back ends say why
         found.setdefault("compiled", False)
         found.setdefault("reason", build_info.reason_not_compiled())
     return found
