@@ -104,11 +104,14 @@ def report(
     print(f"weights, the end   {apart:.4f} % from the twin's: training adds up rounding")
 
 
-def report_times(times: Mapping[str, float]) -> None:
-    """Say how long each contestant's step takes, beside ours."""
+def report_times(times: Mapping[str, float], disturbed: str | None = None) -> None:
+    """Say how long each contestant's step takes, beside ours, and what made it say little."""
     for name, micros in times.items():
         ratio = micros / times["pyupdate"]
-        print(f"  {name:<30} {micros:8.0f} us" + (f"   {ratio:.1f} x" if ratio != 1.0 else ""))
+        said = "" if ratio == 1.0 else f"   {ratio:.1f} x"
+        if said and disturbed is not None:
+            said += f"   (says little: {disturbed})"
+        print(f"  {name:<30} {micros:8.0f} us{said}")
 
 
 def verdict(framework: str, accuracy: float, one_step: float) -> int:
