@@ -16,7 +16,7 @@ FAULTS = {
     "approximate": ["div.approx.f32 in the PTX", "1 MUFU, 0 for its divisions and roots"],
     "local": ["256 bytes of stack, 0 of spills", "accesses of local memory"],
     "narrow": ["no loads of 16 bytes", "no stores of 16 bytes"],
-    "few_bytes": ["24 KiB of loads in flight"],
+    "few_bytes": ["16 KiB of loads in flight"],
     "many_registers": ["registers"],
 }
 
@@ -43,10 +43,10 @@ def test_a_planted_fault_is_named(verdicts: dict[str, machine_code.Verdict], ker
 
 def test_what_a_sound_kernel_comes_to(verdicts: dict[str, machine_code.Verdict]) -> None:
     verdict = verdicts["sound"]
-    # 1536 threads of sm_89 ask for three times 16 bytes each.
-    assert (verdict.registers <= 40, verdict.in_flight) == (True, 1536 * 48)
+    # 4 blocks, of the 6 that sm_89 could hold, ask for three times 16 bytes each.
+    assert (verdict.registers <= 40, verdict.in_flight) == (True, 1024 * 48)
     row = machine_code.table(89, [verdict]).split("\n")[4]
-    assert row == f"| sound 0 |  | {verdict.registers} / 72 |  |  |  |  |"
+    assert row == f"| sound 0 |  | {verdict.registers} / 48 |  |  |  |  |"
 
 
 def code(*lines: str) -> list[Instruction]:
@@ -74,9 +74,14 @@ def test_an_address_that_is_not_of_64_bits_is_seen() -> None:
 def test_resident_threads() -> None:
     assert machine_code.resident(Kernel("", 64, 0, 0, 0), 90) == 1024
     assert machine_code.resident(Kernel("", 65, 0, 0, 0), 90) == 768
-    assert machine_code.resident(Kernel("", 32, 0, 0, 0), 90) == 2048
-    assert machine_code.resident(Kernel("", 32, 0, 0, 0), 120) == 1536
+    assert machine_code.resident(Kernel("", 32, 0, 0, 0), 90) == 1024  # of 2048
+    assert machine_code.resident(Kernel("", 96, 0, 0, 0), 120) == 512
     assert machine_code.resident(Kernel("", 32, 33 << 10, 0, 0), 86) == 512
+
+
+def test_no_more_blocks_are_counted_than_a_launch_has() -> None:
+    source = (machine_code.ROOT / "csrc" / "cuda" / "module.cpp").read_text()
+    assert f"constexpr int kBlocks = {machine_code.STARTED};" in source
 
 
 def test_a_known_fault_passes_and_must_still_be_there(

@@ -49,6 +49,9 @@ COMPILER = "release 13.0"
 """Whose machine code the tables of docs/gpu.md describe."""
 
 THREADS = 256
+STARTED = 4
+"""Blocks a multiprocessor that a launch has at most: kBlocks of csrc/cuda/module.cpp."""
+
 # Four blocks a multiprocessor, or two of fp64, whose numbers take two registers.
 MOST_REGISTERS = {"fp64": 128}
 MOST_REGISTERS_OTHERWISE = 64
@@ -166,12 +169,12 @@ def _label(name: str) -> tuple[str, str]:
 
 
 def resident(kernel: Kernel, architecture: int) -> int:
-    """Threads of a multiprocessor, when it holds as many blocks as it can."""
+    """Threads of a multiprocessor, which holds as many of the blocks that are started as it can."""
     threads, kilobytes = MULTIPROCESSORS[architecture]
     registers = -(-kernel.registers // 8) * 8  # a warp's are given in eights a thread
     shared = kernel.shared + 1024
-    blocks = min(65536 // (registers * THREADS), threads // THREADS, (kilobytes << 10) // shared)
-    return blocks * THREADS
+    held = min(65536 // (registers * THREADS), threads // THREADS, (kilobytes << 10) // shared)
+    return min(held, STARTED) * THREADS
 
 
 def judge(kernel: Kernel, ptx: str, allowed: Kernel, architecture: int) -> Verdict:
