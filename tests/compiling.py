@@ -49,6 +49,14 @@ def tool(name: str) -> str:
     return found
 
 
+def program(path: Path, text: str) -> Path:
+    """A shell script in the place of a tool."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 def run(*command: object, cwd: Path = ROOT) -> str:
     """What a command prints; a failure fails the test with it."""
     done = subprocess.run(
