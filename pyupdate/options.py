@@ -201,7 +201,7 @@ class LastUpdate:
 
     def __init__(
         self,
-        norm: float | Callable[[], float] | None,
+        norm: float | Callable[[], float | None] | None,
         skipped: bool | Callable[[], bool],
         multiplier: float | Callable[[], float],
         flag: torch.Tensor | None = None,

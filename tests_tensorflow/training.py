@@ -36,7 +36,7 @@ class Known(keras.Model):
     """Vectors whose gradients are what a call is given: the loss is the sum of products."""
 
     def __init__(self, values: Sequence[Any], dtype: str = "float32") -> None:
-        super().__init__()
+        super().__init__(dtype="float64" if dtype == "float64" else None)
         self.held = [
             self.add_weight(
                 shape=np.shape(value), initializer="zeros", dtype=dtype, name=f"held{i}"
@@ -48,8 +48,9 @@ class Known(keras.Model):
         self.built = True
 
     def call(self, grads: Sequence[Any]) -> Any:
+        wide = tf.float64 if self.held[0].dtype == "float64" else tf.float32
         parts = [
-            tf.reduce_sum(tf.cast(v.value, tf.float32) * tf.cast(g, tf.float32))
+            tf.reduce_sum(tf.cast(v.value, wide) * tf.cast(g, wide))
             for v, g in zip(self.held, grads, strict=True)
         ]
         return tf.add_n(parts)

@@ -23,13 +23,15 @@ def not_recorded(tape: Any) -> Iterator[None]:
         yield
 
 
-def taken(tape: Any, loss: Any, variables: Sequence[Any], factor: Any) -> list[Any]:
-    """The gradients of ``factor * mean(loss)``; None where the loss does not reach a variable.
+def taken(tape: Any, loss: Any, variables: Sequence[Any], scale: Any, count: int) -> list[Any]:
+    """The gradients of ``scale * mean(loss) / count``; None where it does not reach a variable.
 
     Neither the mean nor the scale can be recorded, so both are the gradient that comes in.
     """
-    elements = tf.cast(tf.size(loss), tf.float32)
-    seed = tf.fill(tf.shape(loss), tf.cast(factor / elements, loss.dtype))
+    kind = tf.float64 if loss.dtype == tf.float64 else tf.float32
+    factor = tf.constant(1.0, kind) if scale is None else tf.cast(scale, kind)
+    elements = tf.cast(tf.size(loss), kind)
+    seed = tf.fill(tf.shape(loss), tf.cast(factor / (count * elements), loss.dtype))
     found: list[Any] = tape.gradient(loss, list(variables), output_gradients=seed)
     return found
 

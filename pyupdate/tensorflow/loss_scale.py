@@ -17,8 +17,9 @@ import tensorflow as tf
 
 from . import optimizers
 
-SMALLEST, LARGEST = 2.0**-126, 2.0**126
-"""The scale and one over it are normal numbers: TensorFlow takes subnormal ones for zero."""
+SMALLEST, LARGEST = 2.0**-126, 2.0**100
+"""The scale, one over it, and that times what a clip multiplies by (down to 2^-26) are normal
+numbers: TensorFlow takes subnormal ones for zero."""
 
 
 @dataclass(frozen=True)

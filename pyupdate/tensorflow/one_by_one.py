@@ -63,12 +63,13 @@ class OneByOne:
 
     def __call__(self, strategy: Any, summed: Sequence[Any], scale: Any) -> Any:
         """Step every replica; what is returned is a plan's."""
-        unscale = None if scale is None else 1.0 / first_of(strategy, scale)
+        kind = measure.precision([first_of(strategy, grad).dtype for grad in summed])
+        unscale = None if scale is None else 1.0 / tf.cast(first_of(strategy, scale), kind)
         steps = self.options.accumulation_steps
         if steps == 1:
             return self._whole(strategy, summed, unscale)
         state = self._kept()
-        part = tf.constant(1.0) if unscale is None else unscale
+        part = tf.constant(1.0, kind) if unscale is None else unscale
         firsts = [first_of(strategy, grad) for grad in summed]
         ready = state.add(self.variables, firsts, part, steps)
 
@@ -78,7 +79,7 @@ class OneByOne:
             if not found:
                 return None
             state.keep(found)
-            return found
+            return state.latest()
 
         if not self.measures:
             tf.cond(ready, flush, lambda: None)
@@ -94,15 +95,19 @@ class OneByOne:
         inner = self._optimizer()
         assert inner is not None  # who calls us holds it
         found: list[Any] = []
+        scaled = unscale is not None
 
         def measured(grads: Any, unscale: Any) -> tuple[Any, ...]:
-            made = measure.measured(grads, unscale, self.options, self.clips, check=self.checks)
+            made = measure.measured(
+                grads, unscale, self.options, self.clips, check=self.checks, scaled=scaled
+            )
             finite = tf.constant(True) if made.finite is None else made.finite
             return made.norm, made.multiplier, measure.smallest(made.multiplier), finite
 
         multiplier = unscale
         if self.measures:
-            given = tf.constant(1.0) if unscale is None else unscale
+            kind = measure.precision([first_of(strategy, grad).dtype for grad in summed])
+            given = tf.constant(1.0, kind) if unscale is None else unscale
             norm, multiplier, smallest, finite = each(measured, args=(summed, given))
             found = [first_of(strategy, value) for value in (norm, smallest, finite)]
 

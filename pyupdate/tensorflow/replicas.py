@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import halves, optimizers
+from . import halves, measure, optimizers
 from .alone import NotMirrored, Replica, replicas_of
 from .loss_scale import LossScale
 from .one_by_one import OneByOne, first_of
@@ -201,7 +201,7 @@ class Replicated:
         """Step every replica.
 
         Returns:
-            Norm, skipped and multiplier, as float32 tensors; the empty tuple where nobody asked.
+            Norm, skipped and multiplier, as scalar tensors; the empty tuple where nobody asked.
         """
         parts = [strategy.experimental_local_results(grad) for grad in summed]
         grads = [[part[plan.replica.number] for part in parts] for plan in self.plans]
@@ -219,15 +219,17 @@ class Replicated:
 
     def _flush(self, scale: Any) -> Any:
         """The step on the means of the micro-batches."""
+        first = self.plans[0]
         found = self._whole([plan.means() for plan in self.plans], scale)
         for plan in self.plans:
             plan.end(found)
-        return found or None
+        return first.state.latest() if found else None
 
     def _whole(self, grads: Sequence[list[Any]], scale: Any) -> tuple[Any, ...]:
         first = self.plans[0]
         if not first.measures:
-            self._move(grads, None if scale is None else 1.0 / scale)
+            kind = measure.precision([grad.dtype for grad in grads[0]])
+            self._move(grads, None if scale is None else 1.0 / tf.cast(scale, kind))
             return ()
         norm, multiplier, smallest, finite = first.measure(grads[0], scale)
 

@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
+from . import measure
+
 
 class Kept:
     """Sums, averages and what the last step found.
@@ -36,7 +38,7 @@ class Kept:
 
     def add(self, variables: Sequence[Any], grads: Sequence[Any], unscale: Any, steps: int) -> Any:
         """Add a micro-batch to the sums; whether it was the last one of `steps`."""
-        part = unscale / float(steps)
+        part = unscale / steps
         for total, grad in zip(self._of(self.sums, variables), grads, strict=True):
             total.assign_add(tf.cast(grad, total.dtype) * tf.cast(part, total.dtype))
         self.position.assign_add(1)
@@ -55,7 +57,7 @@ class Kept:
     def keep(self, found: Sequence[Any]) -> None:
         """Remember what a step found, which calls that only add up report."""
         for variable, value in zip(self.found, found, strict=True):
-            variable.assign(value)
+            variable.assign(tf.cast(value, variable.dtype))
 
     def latest(self) -> tuple[Any, ...]:
         """What the last step found."""
@@ -66,7 +68,7 @@ class Kept:
         averages = self._of(self.averages, variables)
         for variable, average in zip(variables, averages, strict=True):
             now = tf.cast(variable, average.dtype)
-            average.assign_add((now - average) * tf.cast(weight, average.dtype))
+            average.assign_add((now - average) * tf.constant(weight, average.dtype))
 
     def _of(self, kept: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """What is kept of these variables: not of those that are frozen now."""
@@ -107,7 +109,8 @@ class State(Kept, tf.Module):  # type: ignore[misc]
                     self.position, self.found = before.position, before.found
                 else:
                     self.position = _variable(tf.zeros([], tf.int64), variables[0])
-                    self.found = [_variable(tf.zeros([]), variables[0]) for _ in range(3)]
+                    kind = measure.precision([variable.dtype for variable in variables])
+                    self.found = [_variable(tf.zeros([], kind), variables[0]) for _ in range(3)]
             if options.ema_decay is not None:
                 self.averages = [
                     kept("averages", v, partial(tf.cast, v, _wide(v.dtype))) for v in variables

@@ -54,8 +54,7 @@ def update(
     scaling = loss_scale.of(optimizer)
     with gradients.not_recorded(tape):
         scale = None if scaling is None else scaling.value()
-        factor = (1.0 if scale is None else scale) / replicas.count()
-        grads = gradients.taken(tape, loss, variables, factor)
+        grads = gradients.taken(tape, loss, variables, scale, replicas.count())
         warned = _warned.get(model)
         if warned is None:
             _warned[model] = warned = set()
@@ -204,42 +203,48 @@ def last_update(model_or_optimizer: Any) -> LastUpdate | None:
     if not optimizers.is_optimizer(optimizer):
         optimizer = optimizer_of(optimizer, name_of(optimizer))
     found = _last.get(optimizer)
-    return _read(found) if isinstance(found, list) else found
+    return _read([tf.identity(v) for v in found]) if isinstance(found, list) else found
 
 
 def _keep(optimizer: Any, found: Sequence[Any], scale: Any) -> None:
-    """Remember what a step found; inside a ``tf.function`` by variables that it writes."""
-    if not found:
-        eager = scale is not None and tf.executing_eagerly()
-        multiplier = (lambda: 1.0 / float(scale)) if eager else 1.0
-        _last[optimizer] = LastUpdate(None, False, multiplier)
-        return
-    if tf.executing_eagerly():
-        _last[optimizer] = _read(found)
-        return
+    """Remember what a step found; inside a ``tf.function`` by variables that it writes.
+
+    Where there are such variables, every later step writes them: which one was the last is known
+    to no one else, as a function may be called again without Python.
+    """
+    eager = tf.executing_eagerly()
     kept = _last.get(optimizer)
+    if eager and not isinstance(kept, list):
+        multiplier = (lambda: 1.0 / float(scale)) if scale is not None else 1.0
+        _last[optimizer] = _read(found) if found else LastUpdate(None, False, multiplier)
+        return
     if not isinstance(kept, list):
 
         def zeros() -> list[Any]:
-            return [tf.Variable(0.0, trainable=False) for _ in found]
+            return [tf.Variable(tf.zeros([], tf.float64), trainable=False) for _ in range(3)]
 
         with tf.init_scope():
             kept = without_strategy(zeros) if tf.distribute.has_strategy() else zeros()
         _last[optimizer] = kept
+    if not found:
+        one = tf.constant(1.0, tf.float64)
+        found = (NOT_ASKED, 0.0, one if scale is None else one / tf.cast(scale, tf.float64))
     for variable, value in zip(kept, found, strict=True):
-        variable.assign(value)
+        variable.assign(tf.cast(value, tf.float64))
+
+
+NOT_ASKED = -1.0
+"""The norm that a variable holds where nobody asked for one."""
 
 
 def _read(found: Sequence[Any]) -> LastUpdate:
-    # A variable's value now; a tensor has no other, and copying three takes 0.2 ms.
-    norm, skipped, multiplier = (
-        tf.identity(value) if isinstance(value, tf.Variable) else value for value in found
-    )
-    return LastUpdate(
-        lambda: float(norm.numpy()),
-        lambda: bool(skipped.numpy()),
-        lambda: float(multiplier.numpy()),
-    )
+    norm, skipped, multiplier = found  # tensors: copying three to the host takes 0.2 ms
+
+    def asked() -> float | None:
+        value = float(norm.numpy())
+        return None if value == NOT_ASKED else value
+
+    return LastUpdate(asked, lambda: bool(skipped.numpy()), lambda: float(multiplier.numpy()))
 
 
 def _state(model: Any, options: Options) -> State | None:
