@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,17 @@ def test_the_multiplier_of_a_loss_scale_alone(way: str) -> None:
     model = pyupdate.build(Known([[1.0]]), keras.optimizers.SGD(0.5, loss_scale_factor=8.0))
     ways(lambda grad: give(model, grad))[way](tf.constant([1.0]))
     assert pyupdate.last_update(model) == pyupdate.options.LastUpdate(None, False, 0.125)
+
+
+def test_what_is_kept_traces_no_function_twice() -> None:
+    model = pyupdate.build(Known([[1.0]]), "sgd", learning_rate=0.5, skip_nonfinite=True)
+    give(model, [1.0])
+    traced = []
+
+    @tf.function
+    def step(grad: Any) -> None:
+        traced.append(grad)
+        give(model, grad)
+
+    step(tf.constant([1.0]))
+    assert len(traced) == 1

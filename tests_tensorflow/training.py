@@ -45,12 +45,12 @@ class Known(keras.Model):
         ]
         for variable, value in zip(self.held, values, strict=True):
             variable.assign(np.asarray(value))
+        self.wide = tf.float64 if dtype == "float64" else tf.float32
         self.built = True
 
     def call(self, grads: Sequence[Any]) -> Any:
-        wide = tf.float64 if self.held[0].dtype == "float64" else tf.float32
         parts = [
-            tf.reduce_sum(tf.cast(v.value, wide) * tf.cast(g, wide))
+            tf.reduce_sum(tf.cast(v.value, self.wide) * tf.cast(g, self.wide))
             for v, g in zip(self.held, grads, strict=True)
         ]
         return tf.add_n(parts)

@@ -11,7 +11,8 @@ from pyupdate.kernels.language import Rule
 from pyupdate.names import new_name
 from pyupdate.options import PARAMETERS, Options
 
-from . import halves, optimizers
+from . import averages, optimizers, scopes
+from .state import State
 
 TORCH_ONLY = ("norm_type", "error_if_nonfinite", "state_dtype", "stochastic_rounding", "seed")
 """Options that a step in TensorFlow has not."""
@@ -34,13 +35,19 @@ def attach(
     if wrong := [name for name in options.asked_for if name in TORCH_ONLY]:
         message = f"{wrong[0]} is PyTorch's: leave it out for a Keras model"
         raise ValueError(message)
-    made = _optimizer(model, optimizer, numbers)
     kept = getattr(model, "model_name", None)
+    averages.check_not_swapped(model, kept if isinstance(kept, str) else type(model).__name__)
+    owners = list(model.trainable_variables)
+    variables = list(map(optimizers.tf_variable, owners))
+    with scopes.scope_of(variables):
+        made = _optimizer(model, optimizer, numbers)
     if model_name is None:
         model_name = kept if isinstance(kept, str) and kept else new_name(type(model).__name__)
-    owners = list(model.trainable_variables)
+    scopes.check_inside(made, variables, model_name)
     if owners:  # else at the first update: the model has not seen data yet
-        halves.make_state(made, owners, list(map(optimizers.tf_variable, owners)), model_name)
+        scopes.make_state(made, owners, variables, model_name)
+    if isinstance(getattr(model, "update_state", None), State):
+        del model.update_state  # averages begin anew, and so does a window of micro-batches
     model.current_optimizer = made
     model.model_name = model_name
     model.update_options = options

@@ -56,6 +56,10 @@ class LossScale:
         self.counter.assign(tf.where(restart, tf.zeros_like(count), count))
 
 
+NONE = LossScale(1.0, None, 0, False)
+"""Of an optimizer that scales nothing; where it gets gradients that another one has scaled."""
+
+
 def of(optimizer: Any) -> LossScale | None:
     """The loss scale of an optimizer that has its state; None where it scales no loss."""
     if not optimizers.scales_loss(optimizer):

@@ -89,6 +89,7 @@ class State(Kept, tf.Module):  # type: ignore[misc]
     def __init__(self, variables: Sequence[Any], options: Options, before: State | None) -> None:
         super().__init__(name="update_state")
         self.swapped = False
+        self._known = frozenset(map(id, variables))
         self.stepped = list(variables)
         self.sums: list[Any] = []
         self.averages: list[Any] = []
@@ -119,10 +120,8 @@ class State(Kept, tf.Module):  # type: ignore[misc]
     def serves(self, variables: Sequence[Any], options: Options) -> bool:
         """Whether it keeps what these options ask for, for all these variables."""
         asked = (options.accumulation_steps > 1, options.ema_decay is not None)
-        known = set(map(id, self.stepped))
-        return asked == (bool(self.sums), bool(self.averages)) and known.issuperset(
-            map(id, variables)
-        )
+        kept = (bool(self.sums), bool(self.averages))
+        return asked == kept and self._known.issuperset(map(id, variables))
 
     def part(self, own: Callable[[Any], Any]) -> Kept:
         """One replica's of it; `own` gives that replica's part of a mirrored variable."""

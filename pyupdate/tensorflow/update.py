@@ -15,7 +15,7 @@ from pyupdate.names import check_deferred, name_of
 from pyupdate.options import LastUpdate, Options
 
 from ..remembered import Remembered
-from . import averages, gradients, halves, loss_scale, optimizers, replicas
+from . import averages, gradients, halves, loss_scale, optimizers, replicas, scopes
 from .alone import without_strategy
 from .plan import Plan
 from .state import State
@@ -50,7 +50,7 @@ def update(
         )
         raise ValueError(message)
     variables = [optimizers.tf_variable(owner) for owner in owners]
-    halves.make_state(optimizer, owners, variables, name)
+    scopes.make_state(optimizer, owners, variables, name)
     scaling = loss_scale.of(optimizer)
     with gradients.not_recorded(tape):
         scale = None if scaling is None else scaling.value()
@@ -73,6 +73,9 @@ def update(
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def deferred_update() -> None:
+        now = optimizer_of(model, name)
+        if now is not optimizer:
+            scopes.make_state(now, owners, variables, name)
         with gradients.not_recorded(tape):
             apply(model, name, held, stepped, dense, scale)
 
@@ -135,25 +138,31 @@ def apply(
     optimizer = optimizer_of(model, name)
     options = options_of(model)
     scaling = loss_scale.of(optimizer)
+    if scaling is None and scale is not None:  # deferred under an optimizer that scales
+        scaling = loss_scale.NONE
+    elif scaling is not None and scale is None:  # deferred under one that does not
+        scale = tf.constant(1.0)
+    state = _state(model, options)
     kinds = tuple([grad.dtype for grad in grads])
 
     def planned(make: Callable[[], P], *also: Any) -> P:
         inner = optimizers.fingerprint(optimizers.stepped(optimizer))
         grows = None if scaling is None else scaling.growth_steps
-        key = (options, tuple(map(id, variables)), kinds, scale is not None, inner, grows, *also)
+        # A plan holds the state: its number stays taken.
+        kept = (options, id(state))
+        key = (*kept, tuple(map(id, variables)), kinds, scale is not None, inner, grows, *also)
         return _planned(optimizer, key, make)
 
     def make() -> Plan:
         copies, stand_ins = halves.of(optimizer, variables)
         targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
-        state = _state(model, options)
         inner = optimizers.stepped(optimizer)
         return Plan(inner, variables, targets, options, scaling, state, copies)
 
     if (replicated := replicas.count()) > 1:
 
         def of(strategy: Any) -> Any:
-            state = _state(model, options)
+            scopes.check_inside(optimizer, variables, name)
             return replicas.plan(strategy, optimizer, owners, variables, options, scaling, state)
 
         eagerly = tf.config.functions_run_eagerly()
@@ -223,9 +232,8 @@ def _keep(optimizer: Any, found: Sequence[Any], scale: Any) -> None:
         def zeros() -> list[Any]:
             return [tf.Variable(tf.zeros([], tf.float64), trainable=False) for _ in range(3)]
 
-        with tf.init_scope():
-            kept = without_strategy(zeros) if tf.distribute.has_strategy() else zeros()
-        _last[optimizer] = kept
+        # A variable that a function makes itself has it traced a second time.
+        kept = _last[optimizer] = without_strategy(zeros)
     if not found:
         one = tf.constant(1.0, tf.float64)
         found = (NOT_ASKED, 0.0, one if scale is None else one / tf.cast(scale, tf.float64))
