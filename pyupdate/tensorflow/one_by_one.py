@@ -45,6 +45,7 @@ class OneByOne:
         scaling: LossScale | None,
         state: State | None,
         copies: Halves,
+        missed: Sequence[int],
         why: str,
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
@@ -54,6 +55,7 @@ class OneByOne:
         self.scaling = scaling
         self.state = state
         self.halves = copies
+        self.missed = missed
         self.clips = measure.clips_of(optimizer)
         scales = scaling is not None and scaling.counter is not None
         self.checks = options.skip_nonfinite or scales
@@ -71,7 +73,7 @@ class OneByOne:
         state = self._kept()
         part = tf.constant(1.0, kind) if unscale is None else unscale
         firsts = [first_of(strategy, grad) for grad in summed]
-        ready = state.add(self.variables, firsts, part, steps)
+        ready = state.add(self.variables, firsts, part, steps, self.missed)
 
         def flush() -> Any:
             found = self._whole(strategy, state.means(self.variables), None)
@@ -118,6 +120,9 @@ class OneByOne:
             self.halves.narrow()
 
         def move() -> Any:
+            if self.missed:
+                parts = (self.variables, self.targets, self.missed)
+                back = self._kept().put_back(inner, *parts)
             hidden = {**self.clips.replaced, **optimizers.not_reducing(inner)}
             if getattr(inner, "loss_scale_factor", None) is not None:
                 hidden["loss_scale_factor"] = None
@@ -125,6 +130,8 @@ class OneByOne:
                 each(apply, args=(summed, multiplier))
             if self.options.ema_decay is not None:
                 self._kept().average(self.variables, 1.0 - self.options.ema_decay)
+            if self.missed:
+                back()
             return tf.constant(0.0)
 
         def skip() -> Any:

@@ -46,6 +46,7 @@ class Plan:
         scale: how the gradients are scaled.
         state: the model's sums and averages; None where the options keep none.
         halves: float32 copies of variables in half precision.
+        missed: the positions of the variables that this micro-batch of several does not reach.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Plan:
         scale: loss_scale.LossScale | None,
         state: Kept | None,
         halves: Halves,
+        missed: Sequence[int] = (),
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.variables = list(variables)
@@ -65,6 +67,7 @@ class Plan:
         self.scale = scale
         self._state = state
         self.halves = halves
+        self.missed = missed
         self.clips = measure.clips_of(optimizer)
         self.checks = options.skip_nonfinite or (scale is not None and scale.counter is not None)
         self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
@@ -274,7 +277,7 @@ class Plan:
         """Whether this micro-batch was the last one of a step."""
         grads = list(inputs[: len(self.variables)])
         steps = self.options.accumulation_steps
-        return self.state.add(self.variables, grads, self._unscale(inputs), steps)
+        return self.state.add(self.variables, grads, self._unscale(inputs), steps, self.missed)
 
     def _flush(self) -> Any:
         """The step on the mean of the micro-batches; what was added up is gone, skipped or not."""
@@ -334,10 +337,17 @@ class Plan:
         value = self.options.clip_value
         if multiplier is not None or value is not None or self.halves.pairs:
             grads = measure.multiplied(grads, multiplier, value)
+        self.halves.widen()
+        if self.missed:
+            back = self.state.put_back(optimizer, self.variables, self.targets, self.missed)
         if self._native is not None:
             self._native(optimizer, grads, self.targets)
-            return
-        self.halves.widen()
+        else:
+            self._apply_as_it_is(optimizer, grads)
+        if self.missed:
+            back()
+
+    def _apply_as_it_is(self, optimizer: Any, grads: list[Any]) -> None:
         hidden: dict[str, Any] = dict(self.clips.replaced)
         if getattr(optimizer, "loss_scale_factor", None) is not None:
             hidden["loss_scale_factor"] = None

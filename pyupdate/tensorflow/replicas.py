@@ -69,6 +69,7 @@ def plan(
     options: Options,
     scaling: LossScale | None,
     state: State | None,
+    missed: Sequence[int],
 ) -> Replicated | OneByOne:
     """How the replicas of a strategy are stepped."""
     inner = optimizers.stepped(optimizer)
@@ -84,7 +85,7 @@ def plan(
         except NotMirrored as error:
             why = f"{type(strategy).__name__}: {error}"
     if why:
-        return OneByOne(inner, variables, targets, options, scaling, state, copies, why)
+        return OneByOne(inner, variables, targets, options, scaling, state, copies, missed, why)
     said: list[str] = []
     plans = []
     for replica, own_state in zip(found, kept, strict=True):
@@ -96,6 +97,7 @@ def plan(
             _own_scale(scaling, replica),
             own_state,
             halves.Halves([(replica.own(half), replica.own(copy)) for half, copy in copies.pairs]),
+            missed,
         )
         made.begin(replica, said)
         plans.append(made)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import measure
+from . import left, measure, optimizers
 
 
 class Kept:
@@ -27,6 +28,7 @@ class Kept:
         sums: of the micro-batches so far, one of each variable; empty where none are kept.
         averages: likewise.
         position: how many micro-batches there were since the last step.
+        reached: whether one of them has reached a variable, at its place in `places`.
         found: norm, skipped and multiplier of the last step.
     """
 
@@ -34,13 +36,29 @@ class Kept:
     sums: list[Any]
     averages: list[Any]
     position: Any
+    reached: Any
+    places: tuple[int, ...]
     found: list[Any]
 
-    def add(self, variables: Sequence[Any], grads: Sequence[Any], unscale: Any, steps: int) -> Any:
-        """Add a micro-batch to the sums; whether it was the last one of `steps`."""
+    def add(
+        self,
+        variables: Sequence[Any],
+        grads: Sequence[Any],
+        unscale: Any,
+        steps: int,
+        missed: Sequence[int],
+    ) -> Any:
+        """Add a micro-batch to the sums; whether it was the last one of `steps`.
+
+        It does not reach the variables at the positions `missed`.
+        """
         part = unscale / steps
         for total, grad in zip(self._of(self.sums, variables), grads, strict=True):
             total.assign_add(tf.cast(grad, total.dtype) * tf.cast(part, total.dtype))
+        there = [v for position, v in enumerate(variables) if position not in missed]
+        mask = np.zeros(self.reached.shape[0], bool)
+        mask[self._of(self.places, there)] = True
+        self.reached.assign(tf.logical_or(self.reached, mask))
         self.position.assign_add(1)
         return tf.convert_to_tensor(self.position) >= steps
 
@@ -52,7 +70,32 @@ class Kept:
         """Begin anew."""
         for total in self.sums:
             total.assign(tf.zeros_like(total))
+        self.reached.assign(tf.zeros_like(self.reached))
         self.position.assign(0)
+
+    def put_back(
+        self,
+        optimizer: Any,
+        variables: Sequence[Any],
+        targets: Sequence[Any],
+        missed: Sequence[int],
+    ) -> Callable[[], None]:
+        """What is to be called after a step: `left.put_back` of those of `missed` and their state.
+
+        Args:
+            optimizer: that makes it.
+            variables: of the model, that it is given.
+            targets: what it steps of each: the same, what Keras wraps them in, or a copy.
+            missed: the positions of those that the last micro-batch does not reach.
+        """
+        held = []
+        for position in missed:
+            variable, target = variables[position], targets[position]
+            own = {id(v): v for v in (variable, optimizers.tf_variable(target))}
+            averages = self._of(self.averages, [variable]) if self.averages else []
+            held.append([*own.values(), *averages, *left.slots(optimizer, target)])
+        places = self._of(self.places, [variables[position] for position in missed])
+        return left.put_back([self.reached[place] for place in places], held)
 
     def keep(self, found: Sequence[Any]) -> None:
         """Remember what a step found, which calls that only add up report."""
@@ -82,11 +125,18 @@ class State(Kept, tf.Module):  # type: ignore[misc]
     Args:
         variables: the model's, all that are trainable now or were once: what was kept of a layer
             stays while it is frozen.
+        every: all that the model has.
         options: which of them are kept.
         before: kept so far, for fewer variables of the same model, or by other options.
     """
 
-    def __init__(self, variables: Sequence[Any], options: Options, before: State | None) -> None:
+    def __init__(
+        self,
+        variables: Sequence[Any],
+        every: Sequence[Any],
+        options: Options,
+        before: State | None,
+    ) -> None:
         super().__init__(name="update_state")
         self.swapped = False
         self._known = frozenset(map(id, variables))
@@ -112,10 +162,32 @@ class State(Kept, tf.Module):  # type: ignore[misc]
                     self.position = _variable(tf.zeros([], tf.int64), variables[0])
                     kind = measure.precision([variable.dtype for variable in variables])
                     self.found = [_variable(tf.zeros([], kind), variables[0]) for _ in range(3)]
+                self._find_places(every, before)
             if options.ema_decay is not None:
                 self.averages = [
                     kept("averages", v, partial(tf.cast, v, _wide(v.dtype))) for v in variables
                 ]
+
+    def _find_places(self, every: Sequence[Any], before: State | None) -> None:
+        """Say where in `reached` each variable is: where it was, else where the model has it."""
+        size = len(every)
+        taken: dict[int, int] = {}
+        if before is not None and before.sums:
+            taken = dict(zip(map(id, before.stepped), before.places, strict=True))
+            size = max(size, before.reached.shape[0])
+        for variable in self.stepped:
+            wanted = (i for i, other in enumerate(every) if other is variable)
+            free = (i for i in (*wanted, *range(size)) if i not in taken.values())
+            if id(variable) not in taken:
+                taken[id(variable)] = next(free)
+        self.places = tuple(taken[id(variable)] for variable in self.stepped)
+        if before is not None and before.sums and size == before.reached.shape[0]:
+            self.reached = before.reached  # a function that was traced earlier writes to it
+            return
+        self.reached = _variable(tf.zeros([size], tf.bool), self.stepped[0])
+        if before is not None and before.sums:
+            more = size - before.reached.shape[0]
+            self.reached.assign(tf.pad(tf.convert_to_tensor(before.reached), [[0, more]]))
 
     def serves(self, variables: Sequence[Any], options: Options) -> bool:
         """Whether it keeps what these options ask for, for all these variables."""
@@ -129,7 +201,8 @@ class State(Kept, tf.Module):  # type: ignore[misc]
         for name in ("stepped", "sums", "averages"):
             setattr(made, name, [own(variable) for variable in getattr(self, name)])
         if self.sums:
-            made.position = own(self.position)
+            made.position, made.reached = own(self.position), own(self.reached)
+            made.places = self.places
             made.found = [own(variable) for variable in self.found]
         return made
 

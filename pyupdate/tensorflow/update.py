@@ -59,13 +59,14 @@ def update(
         if warned is None:
             _warned[model] = warned = set()
         there = gradients.reached(name, grads, owners, warned)
+        missed: tuple[int, ...] = ()
         if accumulates(model):  # what one micro-batch does not reach, another may
+            missed = tuple(sorted(set(range(len(owners))).difference(there)))
             there = list(range(len(owners)))
         dense = [gradients.dense(grads[i], variables[i]) for i in there]
         if not defer:
-            apply(
-                model, name, [owners[i] for i in there], [variables[i] for i in there], dense, scale
-            )
+            held, stepped = [owners[i] for i in there], [variables[i] for i in there]
+            apply(model, name, held, stepped, dense, scale, missed)
             return
     assert deferred is not None  # check_deferred
     held = [owners[i] for i in there]
@@ -77,7 +78,7 @@ def update(
         if now is not optimizer:
             scopes.make_state(now, owners, variables, name)
         with gradients.not_recorded(tape):
-            apply(model, name, held, stepped, dense, scale)
+            apply(model, name, held, stepped, dense, scale, missed)
 
     deferred.setdefault(name, []).append(deferred_update)
 
@@ -124,6 +125,7 @@ def apply(
     variables: Sequence[Any],
     grads: Sequence[Any],
     scale: Any,
+    missed: tuple[int, ...],
 ) -> None:
     """Step the optimizer that the model has now on dense gradients of these variables.
 
@@ -134,6 +136,7 @@ def apply(
         variables: the ``tf.Variable`` of each: Keras asks 2 us for one.
         grads: dense, one of each.
         scale: what the gradients are scaled by; None where they are not.
+        missed: the positions of those that are zero, as a micro-batch does not reach its variable.
     """
     optimizer = optimizer_of(model, name)
     options = options_of(model)
@@ -149,7 +152,7 @@ def apply(
         inner = optimizers.fingerprint(optimizers.stepped(optimizer))
         grows = None if scaling is None else scaling.growth_steps
         # A plan holds the state: its number stays taken.
-        kept = (options, id(state))
+        kept = (options, id(state), missed)
         key = (*kept, tuple(map(id, variables)), kinds, scale is not None, inner, grows, *also)
         return _planned(optimizer, key, make)
 
@@ -157,13 +160,15 @@ def apply(
         copies, stand_ins = halves.of(optimizer, variables)
         targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
         inner = optimizers.stepped(optimizer)
-        return Plan(inner, variables, targets, options, scaling, state, copies)
+        return Plan(inner, variables, targets, options, scaling, state, copies, missed)
 
     if (replicated := replicas.count()) > 1:
 
         def of(strategy: Any) -> Any:
             scopes.check_inside(optimizer, variables, name)
-            return replicas.plan(strategy, optimizer, owners, variables, options, scaling, state)
+            return replicas.plan(
+                strategy, optimizer, owners, variables, options, scaling, state, missed
+            )
 
         eagerly = tf.config.functions_run_eagerly()
         replicas.step(
@@ -266,7 +271,7 @@ def _state(model: Any, options: Options) -> State | None:
         wanted = {id(v) for v in (*variables, *(before.stepped if before else ()))}
         every = [optimizers.tf_variable(owner) for owner in model.variables]
         variables = [variable for variable in every if id(variable) in wanted]
-        model.update_state = before = State(variables, options, before)
+        model.update_state = before = State(variables, every, options, before)
     return before
 
 
