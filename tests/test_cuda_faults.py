@@ -131,6 +131,22 @@ def test_a_missing_fence_at_the_last_blocks_ticket_is_seen_by_thread_sanitizer(t
         assert "data race" in said
 
 
+def test_a_missing_barrier_before_the_last_blocks_ticket_is_seen_by_thread_sanitizer(tmp_path):
+    old = "reduce_items(work, tree);\n  __syncthreads();"
+    new = "reduce_items(work, tree);"
+    program = build(tmp_path, THREAD, file="reduce.cu", old=old, new=new)
+    # Thread 11 of the first block finds an inf: it sets the flag, which its thread 0 is to publish.
+    # Two blocks and one inf: ThreadSanitizer remembers four accesses of 8 bytes, and the ticket is
+    # in the same 8.
+    groups, rows = small("adamw", (70, 70))
+    rows[0].grads[0][45] = np.inf
+    asked = Asked(reduce=True, max_norm=0.5)
+    done = run_steps(program, groups, rows, asked, blocks=2, check=False)
+    assert isinstance(done, subprocess.CompletedProcess)
+    assert done.returncode != 0
+    assert "data race" in done.stderr.decode()
+
+
 def test_a_barrier_in_a_divergent_branch_ends_the_launch(tmp_path):
     old = "  __syncthreads();\n  double own[kTurns];"
     new = f"  if (threadIdx.x < kWarp) {old.lstrip()}"
