@@ -7,6 +7,7 @@ numbers are on one step is said by another, `prepare`.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -220,6 +221,12 @@ class _Building:
         if prepare.arguments[1:] != (*numbers, *self.counted) or set(numbers) & set(self.scalars):
             message = f"a prepare takes the scalars that it returns, {self.counted}, last"
             raise error_at(prepare.text, prepare.tree, message)
+        if taken := [name for name in numbers if name in self.elements]:
+            message = (
+                f"a prepare runs once a step, before there are elements, but takes {taken}: take "
+                "them in the rule, and leave the prepare 'step' and the group's numbers"
+            )
+            raise error_at(prepare.text, prepare.tree, message)
         for name, initial in (*self.state.items(), *self.scalars.items()):
             if isinstance(initial, str) and initial not in (*numbers, "param"):
                 message = f"'{name}' begins as '{initial}', which is none of the numbers {numbers}"
@@ -250,6 +257,7 @@ class _Building:
     def stage(self, part: Before) -> Stage:
         text, turn_text = part if isinstance(part, tuple) else (part, None)
         function = analyse(text)
+        _refuse_scalar_calls(function)
         self.check(function, (*self.elements, *self.per_tensor, *self.hypers))
         if not function.results:
             raise error_at(function.text, function.tree, "a stage returns names, not expressions")
@@ -288,3 +296,21 @@ class _Building:
                     f"{self.prepare.name} returns; there are: {', '.join(known)}"
                 )
                 raise error_at(function.text, function.tree, message)
+
+
+def _refuse_scalar_calls(function: Function) -> None:
+    """Refuse the functions of `scalar.py` in a sweep: in float32 their splitting is wrong."""
+    of_name = {callee.name: callee for callee in function.calls}
+    for node in ast.walk(function.tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            continue
+        callee = of_name.get(node.func.id)
+        if callee is None:
+            continue
+        if callee.text.__module__ == f"{__package__}.scalar":
+            message = (
+                f"{callee.name} is for numbers in float64, not for elements: call it in the "
+                "prepare or in a turn, and take here what that returns"
+            )
+            raise error_at(function.text, node, message)
+        _refuse_scalar_calls(callee)

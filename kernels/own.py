@@ -12,6 +12,7 @@ import importlib
 import linecache
 import math
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from types import FunctionType
@@ -151,7 +152,7 @@ def rule(
 
     Raises:
         pyupdate.language.RuleError: something cannot be expressed; starts with file and line.
-        TypeError: what is decorated is no function, or a value is no number.
+        TypeError: what is decorated is no function, or a value is no number; with file and line.
 
     Example:
         >>> import torch, pyupdate
@@ -170,18 +171,23 @@ def rule(
     """
     if text is not None:
         return rule()(text)
+    place = _place()
+    for what, given in (("state", state), ("scalars", scalars), ("defaults", defaults)):
+        if given is not None and not isinstance(given, Mapping):
+            message = f"{place}: pyupdate.rule: {what} must be a dict of name -> value: {given!r}"
+            raise TypeError(message)
     state, scalars = dict(state or {}), dict(scalars or {})
     for what, kept in (("state", state), ("scalars", scalars)):
         for name, initial in kept.items():
             if not isinstance(initial, str):
-                _check_number(f"{what}[{name!r}]", initial)
+                _check_number(place, f"{what}[{name!r}]", initial)
     before = [f for part in after for f in (part if isinstance(part, tuple) else (part,))]
 
     def build(text: Text) -> OwnRule:
         for function in (*before, text, *([] if prepare is None else [prepare])):
             if not isinstance(function, FunctionType):
-                found = type(function).__name__
-                message = f"pyupdate.rule takes plain functions, but got a {found}: {function!r}"
+                found = f"a {type(function).__name__}: {function!r}"
+                message = f"{place}: pyupdate.rule takes plain functions, but got {found}"
                 raise TypeError(message)
         first = text.__code__.co_firstlineno
         for name in (*state, *scalars):
@@ -189,7 +195,12 @@ def rule(
                 raise error_at(text, first, f"state cannot be named '{name}'")
         made = prepare
         if made is None:
-            made = _passing(text, _numbers({*_GIVEN, *state, *scalars}, (*before, text)))
+            numbers = tuple(_numbers({*_GIVEN, *state, *scalars}, (*before, text)))
+            for name, initial in (*state.items(), *scalars.items()):
+                if isinstance(initial, str) and initial not in (*numbers, "param"):
+                    message = f"'{name}' begins as '{initial}', which is none of the numbers"
+                    raise error_at(text, first, f"{message} {numbers}")
+            made = _passing(text, numbers)
         checked = language.rule(state=state, prepare=made, after=after, scalars=scalars)(text)
         touched = {name for s in checked.stages for name in (*s.elements, *s.writes)}
         if unused := [name for name in state if name not in touched]:
@@ -202,7 +213,7 @@ def rule(
                 there = ", ".join(checked.numbers) or "none"
                 message = f"defaults: '{name}' is no number of this rule; there are: {there}"
                 raise error_at(text, first, message)
-            _check_number(f"defaults[{name!r}]", value)
+            _check_number(place, f"defaults[{name!r}]", value)
         shared = {f.name: getattr(checked, f.name) for f in fields(Rule)}
         return OwnRule(**shared, defaults=dict(defaults or {}), text=text)
 
@@ -237,10 +248,18 @@ def _passing(text: Text, numbers: Iterable[str]) -> Text:
     return function
 
 
-def _check_number(what: str, value: object) -> None:
+def _place() -> str:
+    """File and line from which the decorator is called."""
+    frame = sys._getframe()
+    while frame.f_globals is globals() and frame.f_back is not None:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _check_number(place: str, what: str, value: object) -> None:
     if not isinstance(value, int | float):
-        message = f"pyupdate.rule: {what} must be a number, but is {value!r}"
+        message = f"{place}: pyupdate.rule: {what} must be a number, but is {value!r}"
         raise TypeError(message)
     if math.isnan(value):
-        message = f"pyupdate.rule: {what} is nan"
+        message = f"{place}: pyupdate.rule: {what} is nan"
         raise RuleError(message)

@@ -7,10 +7,10 @@
 * assignments to plain names, ``a, b = function(...)``, ``for _ in range(3):``, one ``return``;
 * literals that float32 holds exactly: 0.5, not 0.1 (pass such a number to the optimizer).
 
-`integer_power`, `power`, `exp` and `log` are for a ``prepare``, which runs in float64. Everything
-else is refused when the rule is decorated, with its file and line (`RuleError`): ``/``, ``**``,
-``abs``, ``if``, ``and`` and calls of other libraries do not mean the same, to the last bit,
-everywhere.
+`integer_power`, `power`, `exp` and `log` are for a ``prepare`` or a turn, which run in float64; a
+sweep over elements is refused with them. Everything else is refused when the rule is decorated,
+with its file and line (`RuleError`): ``/``, ``**``, ``abs``, ``if``, ``and`` and calls of other
+libraries do not mean the same, to the last bit, everywhere.
 
 Example:
     >>> from pyupdate.language import absolute, divide, maximum, sign, where
