@@ -93,7 +93,8 @@ class RuleOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
     def _prepared(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The hypers of this step and the new scalars, in fp64."""
         rule = self.rule
-        step = tf.cast(self.iterations.value, tf.float64) + 1.0
+        # with gradient_accumulation_steps it is a quotient of Keras's, no variable
+        step = tf.cast(tf.convert_to_tensor(self.iterations), tf.float64) + 1.0
         numbers = [self._now(name) for name in rule.numbers]
         kept = [tf.cast(self._scalars[name][0].value, tf.float64) for name in rule.counted]
         made = bind(rule.prepare.text, "tensorflow float64")(step, *numbers, *kept)

@@ -21,6 +21,7 @@ from . import optimizers
 
 _log = logging.getLogger("pyupdate")
 _copies: Remembered[list[tuple[Any, Any]]] = Remembered()
+_warned: Remembered[bool] = Remembered()
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def make_state(
     each = zip(model_variables, variables, strict=True)
     halves = [v for v, variable in each if variable.dtype.size == 2]
     if optimizers.is_built(optimizer):
-        if halves and optimizer not in _copies:
+        if halves and optimizer not in _copies and optimizer not in _warned:
+            _warned[optimizer] = True
             _log.warning(
                 "the optimizer of '%s' has state in %s, in which small moves are lost: attach it "
                 "by pyupdate.build before it is built",
