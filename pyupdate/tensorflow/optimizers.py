@@ -18,6 +18,8 @@ import tensorflow as tf
 from ..remembered import Remembered
 
 _SCALARS = (bool, int, float, str, bytes, complex, type(None))
+_ARRAYS = (np.ndarray, np.generic)
+_LISTS = (list, tuple, dict, set, frozenset)  # made once: a union takes 1 us
 _OF_VARIABLES = frozenset(("_trainable_variables_indices", "_index_dict", "_tracker"))
 _serials: Remembered[int] = Remembered()
 _serial = count()
@@ -158,13 +160,13 @@ def _value(part: Any, seen: set[int]) -> Any:
     """What is compared of a value; None where a trace does not hold it."""
     if isinstance(part, _SCALARS):
         return type(part), part
-    if isinstance(part, np.ndarray | np.generic):
+    if isinstance(part, _ARRAYS):
         if part.dtype.hasobject:
             return "array", _number(part)
         return part.dtype.str, part.shape, part.tobytes()
     if hasattr(part, "assign"):  # a variable is read at each step
         return None
-    if isinstance(part, list | tuple | dict | set | frozenset):
+    if isinstance(part, _LISTS):
         return _entries(part, seen)
     if (callable(part) and home(part)) or is_optimizer(part):
         if hasattr(part, "trainable_variables") and not is_optimizer(part):
