@@ -20,7 +20,15 @@ from ..remembered import Remembered
 _SCALARS = (bool, int, float, str, bytes, complex, type(None))
 _ARRAYS = (np.ndarray, np.generic)
 _LISTS = (list, tuple, dict, set, frozenset)  # made once: a union takes 1 us
-_OF_VARIABLES = frozenset(("_trainable_variables_indices", "_index_dict", "_tracker"))
+_OF_VARIABLES = frozenset(
+    (
+        *("_trainable_variables_indices", "_index_dict", "_tracker"),
+        "_exclude_from_weight_decay_cache",
+        "_self_unconditional_checkpoint_dependencies",
+        "_self_unconditional_dependency_names",
+    )
+)
+"""What says of variables where they stand; a trace may add to it."""
 _serials: Remembered[int] = Remembered()
 _serial = count()
 _reads_variables: Remembered[bool] = Remembered()
@@ -74,6 +82,11 @@ def is_built(optimizer: Any) -> bool:
         return bool(optimizer.built)
     inner = stepped(optimizer)
     return bool(getattr(inner, "_weights" if is_legacy(inner) else "_built", False))
+
+
+def counts_in_python(optimizer: Any) -> bool:
+    """Whether a built optimizer counts its steps in Python: tf-keras's Nadam, once a variable."""
+    return hasattr(optimizer, "_u_product_counter")
 
 
 def make_state(optimizer: Any, variables: Sequence[Any]) -> None:

@@ -77,6 +77,7 @@ class Plan:
         self._traced: dict[str, Traced] = {}
         self._said: list[str] = []
         self._inner_refused = ""
+        self._untraced = False
         self.compiled = self._can_compile()
         self._native: native.Kernels | None = None
         if not halves.pairs and options.ema_decay is None:
@@ -100,6 +101,8 @@ class Plan:
         inputs = [*grads] if scale is None else [*grads, scale]
         if tf.config.functions_run_eagerly():
             self._say("tf.config.run_functions_eagerly is on: nothing is compiled")
+            return self._step(*inputs)
+        if self._untraced and tf.executing_eagerly():
             return self._step(*inputs)
         if not tf.executing_eagerly():
             return self._whole_function(inputs)(inputs)
@@ -172,6 +175,12 @@ class Plan:
     def _give_up_xla(self, why: str) -> None:
         self.leave_xla()
         self._say(why)
+
+    def leave_traces(self) -> None:
+        """Run the optimizer's own Python at every eager step from now on."""
+        self._untraced = True
+        self.leave_xla()
+        self._say("its step changes its own Python attributes, which a trace would hold")
 
     def leave_xla(self) -> None:
         """Run as plain TensorFlow from now on."""

@@ -27,6 +27,8 @@ PLANS = 16
 
 P = TypeVar("P")
 _plans: Remembered[OrderedDict[Any, Any]] = Remembered()
+_moving: Remembered[bool] = Remembered()
+"""Whose own step changes its Python attributes: an eager step runs its Python every time."""
 _last: Remembered[LastUpdate | list[Any]] = Remembered()
 _warned: Remembered[set[str]] = Remembered()
 
@@ -148,19 +150,33 @@ def apply(
     state = _state(model, options)
     kinds = tuple([grad.dtype for grad in grads])
 
+    if optimizers.counts_in_python(optimizers.stepped(optimizer)):
+        _moving[optimizer] = True
+
+    def said() -> Any:
+        """What a trace takes from Python; None where nothing is traced."""
+        inner = optimizers.stepped(optimizer)
+        return None if _moving.get(optimizer) else optimizers.fingerprint(inner)
+
     def planned(make: Callable[[], P], *also: Any) -> P:
-        inner = optimizers.fingerprint(optimizers.stepped(optimizer))
+        inner = said()
         grows = None if scaling is None else scaling.growth_steps
         # A plan holds the state: its number stays taken.
         kept = (options, id(state), missed)
         key = (*kept, tuple(map(id, variables)), kinds, scale is not None, inner, grows, *also)
         return _planned(optimizer, key, make)
 
+    made: list[Plan] = []
+
     def make() -> Plan:
         copies, stand_ins = halves.of(optimizer, variables)
         targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
         inner = optimizers.stepped(optimizer)
-        return Plan(inner, variables, targets, options, scaling, state, copies, missed)
+        plan = Plan(inner, variables, targets, options, scaling, state, copies, missed)
+        made.append(plan)
+        if _moving.get(optimizer):
+            plan.leave_traces()
+        return plan
 
     if (replicated := replicas.count()) > 1:
 
@@ -178,7 +194,13 @@ def apply(
             partial(_keep, optimizer),
         )
         return
-    _keep(optimizer, planned(make)(grads, scale), scale)
+    plan = planned(make)
+    before = said() if made else None
+    _keep(optimizer, plan(grads, scale), scale)
+    # Changed by its own trace, so a trace cannot say its next step.
+    if made and tf.executing_eagerly() and before != said():
+        _moving[optimizer] = True
+        _plans[optimizer] = OrderedDict()
 
 
 def _planned(optimizer: Any, key: Any, make: Callable[[], P]) -> P:
