@@ -34,7 +34,7 @@ for inner in optimizer.state.values():
 rules, inputs = step._read(optimizer, step.engine_of(optimizer))
 watch = plan_of(
     triton_watch._module().Watch,
-    rows_of(inputs.groups, None, {}),
+    rows_of(inputs.groups, None, {})[0],
     rules,
     False,
     shapes=[triton_watch._shape_of(rule) for rule in rules],

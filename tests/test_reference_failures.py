@@ -69,8 +69,8 @@ class _FailsAt:
 
 
 def _out_of_memory_at(monkeypatch, call):
-    fails = _FailsAt(reference._stored, call, torch.OutOfMemoryError("no memory"))
-    monkeypatch.setattr(reference, "_stored", fails)
+    fails = _FailsAt(reference.stored_as, call, torch.OutOfMemoryError("no memory"))
+    monkeypatch.setattr(reference, "stored_as", fails)
 
 
 @pytest.mark.parametrize("before", [0, 2])
