@@ -177,7 +177,7 @@ def _move(
         decay = _number(1.0 - lr * float(group["weight_decay"]), like)
         step_size = _number(lr * ratio, like)
         moved = move(like, update.to(like.dtype).reshape(param.shape), decay, step_size)
-        param.copy_(stored_as(moved, param.dtype, param, key))
+        param.copy_(moved if key is None else stored_as(moved, param.dtype, param, key))
 
 
 def _loaded(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

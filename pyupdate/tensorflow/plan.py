@@ -99,15 +99,16 @@ class Plan:
             Norm, skipped and multiplier, as scalar tensors; the empty tuple where nobody asked.
         """
         inputs = [*grads] if scale is None else [*grads, scale]
-        if tf.config.functions_run_eagerly():
+        eagerly = tf.config.functions_run_eagerly()
+        if eagerly:
             self._say("tf.config.run_functions_eagerly is on: nothing is compiled")
-            return self._step(*inputs)
-        if self._untraced and tf.executing_eagerly():
+        if eagerly or (self._untraced and tf.executing_eagerly()):
             return self._step(*inputs)
         if not tf.executing_eagerly():
             return self._whole_function(inputs)(inputs)
-        run = self._run_in_parts if self.in_parts else self._run
-        return self._or_without_xla(lambda: run(inputs))
+        if self.in_parts:
+            return self._or_without_xla(lambda: self._run_in_parts(inputs))
+        return self._or_without_xla(lambda: self._whole_function(inputs)(inputs))
 
     def _or_without_xla(self, run: Callable[[], Any]) -> Any:
         try:
@@ -117,9 +118,6 @@ class Plan:
                 raise
             self._give_up_xla(f"XLA refuses it ({str(error).strip().splitlines()[0][:200]})")
             return run()
-
-    def _run(self, inputs: list[Any]) -> Any:
-        return self._whole_function(inputs)(inputs)
 
     def _run_in_parts(self, inputs: list[Any]) -> Any:
         grads = inputs[: len(self.variables)]
@@ -263,14 +261,12 @@ class Plan:
 
     def _unscale(self, inputs: Sequence[Any]) -> Any:
         kind = measure.precision([grad.dtype for grad in inputs[: len(self.variables)]])
-        if self.scale is None:
-            return tf.constant(1.0, kind)
-        return 1.0 / tf.cast(inputs[len(self.variables)], kind)
+        one = tf.constant(1.0, kind)
+        return one if self.scale is None else one / tf.cast(inputs[len(self.variables)], kind)
 
     def _measured(self, grads: list[Any], unscale: Any, *, scaled: bool) -> measure.Measured:
-        return measure.measured(
-            grads, unscale, self.options, self.clips, check=self.checks, scaled=scaled
-        )
+        asked = (self.options, self.clips)
+        return measure.measured(grads, unscale, *asked, check=self.checks, scaled=scaled)
 
     def _step(self, *inputs: Any) -> tuple[Any, ...]:
         grads, unscale = list(inputs[: len(self.variables)]), self._unscale(inputs)
