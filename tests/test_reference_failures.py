@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -146,6 +149,68 @@ def test_after_an_interrupt_rows_are_stepped_whole_or_not_at_all(kind, monkeypat
             _give_gradients(some, 2)
             one.step()
         _assert_same(_everything(params, optimizer), _everything(twins, twin))
+
+
+class _Interrupted:
+    """As a context: an interrupt at the nth end of `apply`, `_write` or what they call in C.
+
+    That is where Python looks for one. `reached` says whether there were so many.
+    """
+
+    WHERE = (reference.Part.apply.__wrapped__.__code__, reference.Part._write.__code__)
+
+    def __init__(self, end):
+        self.left, self.reached = end, False
+
+    def __enter__(self):
+        sys.setprofile(self._look)
+        return self
+
+    def _look(self, frame, event, _):
+        if event.endswith("return") and frame.f_code in self.WHERE:
+            self.left -= 1
+            if self.left == 0:
+                self.reached = True
+                raise KeyboardInterrupt
+
+    def __exit__(self, *raised):
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wherever_an_interrupt_comes_rows_are_stepped_whole_or_not_at_all(kind):
+    def made():
+        params = _params()
+        optimizer = KINDS[kind](params)
+        _give_gradients(params, 1)
+        return params, optimizer
+
+    with pyupdate.use_backend("reference"):
+        params, optimizer = made()
+        untouched = _everything(params, optimizer)
+        optimizer.step()
+        stepped = _everything(params, optimizer)
+        counts = set()
+        for end in itertools.count(1):
+            params, optimizer = made()
+            with suppress(KeyboardInterrupt), _Interrupted(end) as interrupted:
+                optimizer.step()
+            if not interrupted.reached:
+                break
+            found = _everything(params, optimizer)
+            moved = [
+                not torch.equal(now["param"], then["param"])
+                for now, then in zip(found, untouched, strict=True)
+            ]
+            both = zip(moved, untouched, stepped, strict=True)
+            wanted = [done if is_done else then for is_done, then, done in both]
+            _assert_same(found, wanted)
+            counts.add(sum(moved))
+            for param, done in zip(params, moved, strict=True):
+                param.grad = None if done else param.grad
+            optimizer.step()
+            _assert_same(_everything(params, optimizer), stepped)
+        assert counts == set(range(len(SIZES) + 1))
 
 
 def test_rows_of_other_back_ends_are_written_after_those_that_need_memory(compiled, monkeypatch):

@@ -7,7 +7,10 @@ Slow, and right to the same bits as the compiled ones: it runs the very rule tex
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import call
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +130,7 @@ class Part:
         with torch.no_grad():
             while self._waiting:
                 new = self._new_values(*self._waiting[-1], inputs, request, multiplier)
-                self._write(*self._waiting.pop(), inputs, new)
+                self._write(*self._waiting[-1], inputs, new)
         self._made = frozenset()
 
     @property
@@ -194,17 +197,23 @@ class Part:
         return _New(tensors, [(state[name], number) for name, number in scalars.items()], count)
 
     def _write(self, r: int, row: Row, inputs: Inputs, new: _New) -> None:
+        """Write the last of the rows that wait."""
         group = self._rules[row.group]
         state = inputs.state[row.param] if group.keys else {}
-        for place, value in new.tensors:
-            place.copy_(value)
-        for scalar, number in new.scalars:
-            scalar.fill_(number)
+        tensors = [*new.tensors, *((place, _wide(number)) for place, number in new.scalars)]
         if group.counts_steps:
-            state["step"].fill_(new.made)
-        else:
+            tensors.append((state["step"], _wide(new.made)))
+        places, values = map(list, zip(*tensors, strict=True))
+        written: list[Callable[[], object]] = [
+            partial(torch._foreach_copy_, places, values),
+            self._waiting.pop,
+        ]
+        if not group.counts_steps:
             buffer = state.get(next(iter(group.rule.state), ""), row.param)
-            self._counters[r] = (buffer, new.made)
+            written.append(partial(self._counters.__setitem__, r, (buffer, new.made)))
+        # Python looks for an interrupt between calls that it makes itself, which these are not: it
+        # comes before all of them or behind.
+        deque(map(call, written), maxlen=0)
 
     def _count(self, r: int, group: GroupRule, state: dict[str, torch.Tensor]) -> int:
         """The step that is being made."""
@@ -243,7 +252,11 @@ def _load(stored: torch.Tensor) -> torch.Tensor:
 def _compute(value: float, like: torch.Tensor) -> torch.Tensor:
     """A number as a 0-dim tensor of the compute type, rounded once."""
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).to(like.device)
+    return _wide(value).to(dtype).to(like.device)
+
+
+def _wide(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def stored_as(
