@@ -10,7 +10,8 @@ what the variable is rounded from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,22 @@ class Halves:
         """Round the copies into the variables, to nearest even."""
         for variable, copy in self.pairs:
             variable.assign(tf.cast(copy, variable.dtype))
+
+    @contextmanager
+    def as_excluded(self, optimizer: Any) -> Iterator[None]:
+        """No weight decay for copies of what the user excluded from it as a variable.
+
+        Keras keeps such variables by keys, and may be told of them at any time.
+        """
+        with ExitStack() as stack:
+            for one in (optimizer, *getattr(optimizer, "_inner_optimizers", ())):
+                kept = getattr(one, "_exclude_from_weight_decay", ())
+                known = [copy for variable, copy in self.pairs if one._var_key(variable) in kept]
+                if known:
+                    keys = [*kept, *map(one._var_key, known)]
+                    more = optimizers.replaced(one, _exclude_from_weight_decay=keys)
+                    stack.enter_context(more)
+            yield
 
 
 def make_state(
@@ -85,9 +102,21 @@ def of(optimizer: Any, variables: Sequence[Any]) -> tuple[Halves, dict[int, Any]
 
 
 def _copy(variable: Any) -> Any:
-    value = tf.cast(optimizers.tf_variable(variable), tf.float32)
-    if optimizers.home(variable) == "keras":
+    """A variable in float32 with all that an optimizer asks of the one it stands for.
+
+    Its path and name choose by patterns: what is excluded from weight decay, Muon's layers, the
+    optimizer of several. Its constraint is applied after the step.
+    """
+    held = optimizers.tf_variable(variable)
+    scope, _, name = held.name.partition(":")[0].rpartition("/")
+    value = tf.cast(held, tf.float32)
+    with tf.name_scope(f"{scope}/" if scope else ""):  # not below the caller's
+        if optimizers.home(variable) != "keras":
+            return tf.Variable(value, name=name, constraint=held.constraint)
         import keras
 
-        return keras.Variable(value, dtype="float32", name=variable.name)
-    return tf.Variable(value, name=variable.name.partition(":")[0])
+        made = keras.Variable(value, dtype="float32", name=variable.name)
+    made._path = variable.path
+    made.constraint = variable.constraint
+    made.overwrite_with_gradient = variable.overwrite_with_gradient
+    return made

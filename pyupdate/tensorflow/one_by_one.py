@@ -126,7 +126,8 @@ class OneByOne:
             hidden = {**self.clips.replaced, **optimizers.not_reducing(inner)}
             if getattr(inner, "loss_scale_factor", None) is not None:
                 hidden["loss_scale_factor"] = None
-            with optimizers.replaced(inner, **hidden):  # here: replicas are threads
+            # Here: replicas are threads.
+            with optimizers.replaced(inner, **hidden), self.halves.as_excluded(inner):
                 each(apply, args=(summed, multiplier))
             if self.options.ema_decay is not None:
                 self._kept().average(self.variables, 1.0 - self.options.ema_decay)

@@ -356,7 +356,7 @@ class Plan:
         hidden: dict[str, Any] = dict(self.clips.replaced)
         if getattr(optimizer, "loss_scale_factor", None) is not None:
             hidden["loss_scale_factor"] = None
-        with optimizers.replaced(optimizer, **hidden):
+        with optimizers.replaced(optimizer, **hidden), self.halves.as_excluded(optimizer):
             optimizers.apply(optimizer, grads, self.targets)
         self.halves.narrow()
         if self.options.ema_decay is not None:
