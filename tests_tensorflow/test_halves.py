@@ -139,7 +139,7 @@ def test_the_optimizer_of_several_by_path() -> None:
         assert np.all(move == expected)
 
 
-@pytest.mark.parametrize("how", ["name", "list"])
+@pytest.mark.parametrize("how", ["name", "list", "legacy"])
 def test_tf_keras(how: str) -> None:
     tf_keras = pytest.importorskip("tf_keras")
     tf_keras.mixed_precision.set_global_policy("bfloat16")
@@ -151,13 +151,17 @@ def test_tf_keras(how: str) -> None:
         model(tf.ones([1, 1]))
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
-    optimizer = tf_keras.optimizers.SGD(RATE, weight_decay=DECAY)
-    chosen = {"var_names": ["first/bias"]} if how == "name" else {"var_list": [dense.bias]}
-    optimizer.exclude_from_weight_decay(**chosen)
+    if how == "legacy":  # which has neither decay nor exclusions
+        optimizer = tf_keras.optimizers.legacy.SGD(RATE)
+    else:
+        optimizer = tf_keras.optimizers.SGD(RATE, weight_decay=DECAY)
+        chosen = {"var_names": ["first/bias"]} if how == "name" else {"var_list": [dense.bias]}
+        optimizer.exclude_from_weight_decay(**chosen)
+    left = 1.0 if how == "legacy" else 0.75
     dense.bias.assign([2.0])
     with tf.name_scope("elsewhere/first/bias"):  # which no name of a copy has in it
         pyupdate.build(model, optimizer)
-    for loss, expected in ((0.0, [0.75, 2.0]), (8.0, [0.75 * 0.75 - 4.0, 0.0])):
+    for loss, expected in ((0.0, [left, 2.0]), (8.0, [left * left - 4.0, 0.0])):
         with tf.GradientTape() as tape:
             found = loss * model(tf.ones([1, 1]))
         pyupdate.update_model(model, found, tape=tape)

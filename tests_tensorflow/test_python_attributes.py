@@ -193,4 +193,4 @@ def test_half_state_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING, logger="pyupdate"):
         for _ in range(3):
             _step(model)
-    assert sum("small moves are lost" in line for line in caplog.messages) == 1
+    assert sum("state in bfloat16" in line for line in caplog.messages) == 1

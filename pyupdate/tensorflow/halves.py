@@ -22,7 +22,7 @@ from . import optimizers
 
 _log = logging.getLogger("pyupdate")
 _copies: Remembered[list[tuple[Any, Any]]] = Remembered()
-_warned: Remembered[bool] = Remembered()
+"""Of an optimizer that has its state, the ``tf.Variable`` in half precision, each with its copy."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,18 @@ class Halves:
         Keras keeps such variables by keys, and may be told of them at any time.
         """
         with ExitStack() as stack:
-            for one in (optimizer, *getattr(optimizer, "_inner_optimizers", ())):
+            for one in optimizers.parts(optimizer):
                 kept = getattr(one, "_exclude_from_weight_decay", ())
-                known = [copy for variable, copy in self.pairs if one._var_key(variable) in kept]
-                if known:
-                    keys = [*kept, *map(one._var_key, known)]
-                    more = optimizers.replaced(one, _exclude_from_weight_decay=keys)
-                    stack.enter_context(more)
+                if kept:  # a legacy optimizer knows no keys
+                    keys = [one._var_key(copy) for v, copy in self.pairs if one._var_key(v) in kept]
+                    more = {"_exclude_from_weight_decay": [*kept, *keys]}
+                    stack.enter_context(optimizers.replaced(one, **more))
             yield
+
+
+def is_settled(optimizer: Any) -> bool:
+    """Whether `make_state` has nothing more to do for an optimizer."""
+    return optimizer in _copies
 
 
 def make_state(
@@ -73,24 +77,91 @@ def make_state(
     each = zip(model_variables, variables, strict=True)
     halves = [v for v, variable in each if variable.dtype.size == 2]
     if optimizers.is_built(optimizer):
-        if halves and optimizer not in _copies and optimizer not in _warned:
-            _warned[optimizer] = True
-            _log.warning(
-                "the optimizer of '%s' has state in %s, in which small moves are lost: attach it "
-                "by pyupdate.build before it is built",
-                name,
-                optimizers.tf_variable(halves[0]).dtype.name,
-            )
-        return
-    if not halves:
-        optimizers.make_state(optimizer, model_variables)
+        _copies[optimizer] = _taken_over(optimizer, halves, name) if halves else []
         return
     with tf.init_scope():
         copies = [_copy(v) for v in halves]
-    pairs = list(zip(halves, copies, strict=True))
-    by_id = {id(half): copy for half, copy in pairs}
+    by_id = {id(half): copy for half, copy in zip(halves, copies, strict=True)}
+    waiting = [(one, one._trainable_variables) for one in _lists(optimizer)]
     optimizers.make_state(optimizer, [by_id.get(id(v), v) for v in model_variables])
-    _copies[optimizer] = [(optimizers.tf_variable(half), copy) for half, copy in pairs]
+    if copies:
+        _restore(optimizer, waiting, copies)
+    _copies[optimizer] = _pairs(halves, copies)
+
+
+def _pairs(halves: Sequence[Any], copies: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(map(optimizers.tf_variable, halves), copies, strict=True))
+
+
+def _lists(optimizer: Any) -> list[Any]:
+    """The optimizers of Keras 3 in one that list the variables they step."""
+    each = (optimizer, optimizers.stepped(optimizer))
+    several = [inner for one in each for inner in optimizers.parts(one)]
+    return [one for one in several if hasattr(one, "_trainable_variables")]
+
+
+def _restore(optimizer: Any, waiting: Sequence[tuple[Any, Any]], copies: Sequence[Any]) -> None:
+    """Let a ``tf.train.Checkpoint`` have the copies, and one that was restored before fill them.
+
+    In Keras 3 it has them as the variables that the optimizer steps, but what it read is kept for
+    the list of them that was there then, and building makes another. tf-keras has no such list.
+    """
+    for one, earlier in waiting:
+        earlier.extend(one._trainable_variables)
+    if not waiting:
+        kept = tf.Module()
+        kept.copies = list(copies)
+        optimizers.stepped(optimizer)._track_trackable(kept, name="float32_copies")
+
+
+def _taken_over(optimizer: Any, halves: Sequence[Any], name: str) -> list[tuple[Any, Any]]:
+    """The copies for an optimizer that Keras has built on the variables, as of a ``.keras`` file.
+
+    Its state goes on in float32. Keras's variables of it stay, whatever holds them: what they hold
+    is made anew.
+    """
+    kind = optimizers.tf_variable(halves[0]).dtype.name
+    if optimizers.home(optimizer) != "keras":
+        _log.warning(
+            "the optimizer of '%s' has state in %s, in which small moves are lost: attach it "
+            "by pyupdate.build before it is built",
+            name,
+            kind,
+        )
+        return []
+    lists = _lists(optimizer)
+    known = [v for v in halves if any(_key(one, v) is not None for one in lists)]
+    with tf.init_scope():
+        copies = [_copy(v) for v in known]
+        for state in optimizer.variables:
+            if state.value.dtype in (tf.bfloat16, tf.float16):
+                wide = _copy(state)
+                state._value, state._dtype = wide.value, wide.dtype
+    by_id = {id(half): copy for half, copy in zip(known, copies, strict=True)}
+    for one in lists:
+        for half, copy in zip(known, copies, strict=True):
+            for places in (one._trainable_variables_indices, *_chosen(one)):
+                if (place := places.pop(one._var_key(half), None)) is not None:
+                    places[one._var_key(copy)] = place
+        one._trainable_variables = [by_id.get(id(v), v) for v in one._trainable_variables]
+    _log.warning(
+        "the optimizer of '%s' was built by Keras, with state in %s: it goes on in float32 from "
+        "what was rounded so; to keep every bit, let pyupdate.build make it, and a "
+        "tf.train.Checkpoint of model and optimizer carry it",
+        name,
+        kind,
+    )
+    return _pairs(known, copies)
+
+
+def _key(one: Any, variable: Any) -> Any:
+    return one._trainable_variables_indices.get(one._var_key(variable))
+
+
+def _chosen(one: Any) -> tuple[dict[Any, int], ...]:
+    """Which of several optimizers steps a variable, where it is one of several."""
+    found = getattr(one, "_var_to_optimizer_idx", None)
+    return () if found is None else (found,)
 
 
 def of(optimizer: Any, variables: Sequence[Any]) -> tuple[Halves, dict[int, Any]]:

@@ -76,6 +76,11 @@ def stepped(optimizer: Any) -> Any:
     return optimizer.inner_optimizer if scales_loss(optimizer) else optimizer
 
 
+def parts(optimizer: Any) -> tuple[Any, ...]:
+    """It, and where it is a `MultiOptimizer` those to which it hands its variables."""
+    return (optimizer, *getattr(optimizer, "_inner_optimizers", ()))
+
+
 def is_built(optimizer: Any) -> bool:
     """Whether it has its state."""
     if home(optimizer) == "keras":

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from . import halves, optimizers
+from .alone import without_strategy
 
 
 def scope_of(variables: Sequence[Any]) -> AbstractContextManager[Any]:
@@ -33,12 +34,18 @@ def make_state(
     Raises:
         ValueError: it holds variables elsewhere.
     """
+    if halves.is_settled(optimizer):
+        return
+
+    def make() -> None:
+        with scope_of(variables):
+            halves.make_state(optimizer, model_variables, variables, name)
+
     if optimizers.is_built(optimizer):
-        halves.make_state(optimizer, model_variables, variables, name)
+        without_strategy(make)  # at once: every replica asks for it
         return
     check_inside(optimizer, variables, name)
-    with scope_of(variables):
-        halves.make_state(optimizer, model_variables, variables, name)
+    make()
 
 
 def check_inside(optimizer: Any, variables: Sequence[Any], name: str) -> None:
