@@ -11,6 +11,7 @@
 #   make bench-keras  a Keras step beside Keras's own, eager, in tf.function and compiled
 #   make bench-check  a few ratios to torch again, beside the committed ones: three minutes
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
+#   make cuda     the CUDA module for every architecture, beside the sources: needs nvcc, no GPU, and six minutes (ARCHS="90")
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
 #   make gpu      all that waits for a GPU: tests on it, sanitizers, graphs, benchmarks (RESULTS=folder); makes no .venv
 #   make gpu-static  registers, loads and arithmetic of every CUDA kernel's machine code (ARCHS="90", WRITE=1)
@@ -34,7 +35,7 @@ compiled_from := setup.py CMakeLists.txt pyproject.toml pyupdate/__init__.py \
 	$(wildcard kernels/*.py kernels/*/*.py csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*)
 cpp = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench bench-apart bench-keras bench-check predicted check-aarch64 check-device gpu gpu-emulate gpu-static clean
+.PHONY: install venv demo demo-tf test test-tensorflow slow lint format bench bench-apart bench-keras bench-check predicted check-aarch64 check-device cuda gpu gpu-emulate gpu-static clean
 .DELETE_ON_ERROR:
 
 install: $(installed)
@@ -154,6 +155,10 @@ check-device: $(installed)
 RESULTS ?= build/gpu
 gpu:
 	$(PYTHON) benchmarks/gpu.py --results "$(RESULTS)"
+
+# As PYUPDATE_CUDA=1 has an install build it; a module of more than 40 MB is a failure.
+cuda: $(installed)
+	PYUPDATE_CUDA=1 $(if $(filter command line environment,$(origin ARCHS)),PYUPDATE_CUDA_ARCHS="$(ARCHS)") $(bin)/python benchmarks/cuda_build.py
 
 # Every rule, storage and option of the CUDA kernels, which run here as host C++; `make test` has a part of it.
 gpu-emulate: $(installed)

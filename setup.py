@@ -88,25 +88,15 @@ class BuildExtension(build_ext):
         """Build pyupdate._cuda where it is wanted; what is recorded of that."""
         wanted = nvcc.wanted(os.environ)
         try:
-            if wanted.nvcc is None:
-                raise BuildFailedError(str(wanted.reason))
             folder = Path(self.build_temp, "cmake-cuda").resolve()
             shutil.rmtree(folder, ignore_errors=True)
-            definitions = {
-                "PYUPDATE_CUDA": "ON",
-                "PYUPDATE_CUDA_ARCHS": wanted.architectures,
-                "CMAKE_CUDA_COMPILER": wanted.nvcc,
-            }
-            built = native.build(ROOT, folder, "_cuda", definitions, target="_cuda")
-            info = native.try_module("pyupdate._cuda", built)
-            unfinished = place.with_name(f"{place.name}.{os.getpid()}")
-            shutil.copy2(built, unfinished)
-            unfinished.replace(place)
+            built, record = nvcc.build(ROOT, folder, wanted)
+            nvcc.put(built, place)
         except (BuildFailedError, OSError) as error:
             if wanted.required:
                 raise SystemExit(f"pyupdate: PYUPDATE_CUDA=1, but {error}") from error
             return {"built": False, "reason": str(error)}
-        return {"built": True, "reason": None, "compiler": info["compiler"], "flags": info["flags"]}
+        return record
 
     def get_source_files(self) -> list[str]:
         """Nothing: MANIFEST.in names what an sdist holds."""

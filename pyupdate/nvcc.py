@@ -5,6 +5,8 @@
 for what ``PYUPDATE_CUDA_ARCHS`` names: a build for every GPU takes minutes. ``PYUPDATE_CUDA=1``
 builds it for all of `ALL`, or for what ``PYUPDATE_CUDA_ARCHS`` names, on any machine with nvcc, and
 makes a failure a failed install; ``PYUPDATE_CUDA=0`` leaves it out.
+
+`build` is the build itself, of an install and of ``make cuda``.
 """
 
 from __future__ import annotations
@@ -14,6 +16,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import native
 
 ALL = "80-real;86-real;89-real;90-real;100-real;120"
 """In CMake's words: machine code for A100 to B200, and the last also as PTX for what comes."""
@@ -88,3 +94,40 @@ def of_present_gpus(environment: Mapping[str, str]) -> str:
         return ""
     found = {line.strip().replace(".", "") for line in told.splitlines()}
     return ";".join(f"{number}-real" for number in sorted(found) if number.isdigit())
+
+
+def build(
+    source: Path, folder: Path, wanted: Wanted, definitions: Mapping[str, str] | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Compile the CUDA module, and load it once in another process.
+
+    Args:
+        source: where CMakeLists.txt lies.
+        folder: of the build; should be empty.
+        wanted: what is built.
+        definitions: what CMake is told besides.
+
+    Returns:
+        The module's file, in `folder`, and what is recorded of the build.
+
+    Raises:
+        native.BuildFailedError: nothing is wanted, a tool failed, or the module does not load.
+    """
+    if wanted.nvcc is None:
+        raise native.BuildFailedError(str(wanted.reason))
+    given = {
+        "PYUPDATE_CUDA": "ON",
+        "PYUPDATE_CUDA_ARCHS": wanted.architectures,
+        "CMAKE_CUDA_COMPILER": wanted.nvcc,
+    }
+    built = native.build(source, folder, "_cuda", {**given, **(definitions or {})}, target="_cuda")
+    info = native.try_module("pyupdate._cuda", built)
+    record = {"built": True, "reason": None, "compiler": info["compiler"], "flags": info["flags"]}
+    return built, record
+
+
+def put(built: Path, place: Path) -> None:
+    """Put a module where it is imported from, by one rename: no half of it can be imported."""
+    unfinished = place.with_name(f"{place.name}.{os.getpid()}")
+    shutil.copy2(built, unfinished)
+    unfinished.replace(place)
