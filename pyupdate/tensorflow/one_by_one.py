@@ -123,11 +123,8 @@ class OneByOne:
             if self.missed:
                 parts = (self.variables, self.targets, self.missed)
                 back = self._kept().put_back(inner, *parts)
-            hidden = {**self.clips.replaced, **optimizers.not_reducing(inner)}
-            if getattr(inner, "loss_scale_factor", None) is not None:
-                hidden["loss_scale_factor"] = None
-            # Here: replicas are threads.
-            with optimizers.replaced(inner, **hidden), self.halves.as_excluded(inner):
+            given = optimizers.as_given(inner, self.clips.replaced, reduced=True)
+            with given, self.halves.as_excluded(inner):  # here: replicas are threads
                 each(apply, args=(summed, multiplier))
             if self.options.ema_decay is not None:
                 self._kept().average(self.variables, 1.0 - self.options.ema_decay)

@@ -7,8 +7,8 @@ of this adds a variable to an optimizer: ``.keras`` files keep them by number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
@@ -121,7 +121,11 @@ def apply(
     """
     pairs = list(zip(grads, variables, strict=True))
     if home(optimizer) == "keras":  # Keras 3 cannot be told: see `not_reducing`
-        optimizer.apply(list(grads), list(variables))
+        known: dict[str, Any] = {}
+        if len(parts(optimizer)) > 1:  # one of several asks for a gradient of each that it knows
+            known["_trainable_variables_indices"] = dict.fromkeys(map(id, variables))
+        with replaced(optimizer, **known):
+            optimizer.apply(list(grads), list(variables))
     elif is_legacy(optimizer):
         optimizer.apply_gradients(pairs, experimental_aggregate_gradients=not reduced)
     else:
@@ -131,6 +135,22 @@ def apply(
 def not_reducing(optimizer: Any) -> dict[str, Any]:
     """What is `replaced` in an optimizer of Keras 3 that gets sums over all replicas."""
     return {"_all_reduce_sum_gradients": list} if home(optimizer) == "keras" else {}
+
+
+@contextmanager
+def as_given(optimizer: Any, clips: Mapping[str, Any], *, reduced: bool = False) -> Iterator[None]:
+    """It takes gradients as they are: unscaled, clipped by `clips`, perhaps summed over replicas.
+
+    A `MultiOptimizer` gives its loss scale factor to all that it has, and each divides by it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(replaced(optimizer, **clips))
+        for one in parts(optimizer):
+            hidden = not_reducing(one) if reduced else {}
+            if getattr(one, "loss_scale_factor", None) is not None:
+                hidden["loss_scale_factor"] = None
+            stack.enter_context(replaced(one, **hidden))
+        yield
 
 
 @contextmanager

@@ -353,10 +353,8 @@ class Plan:
             back()
 
     def _apply_as_it_is(self, optimizer: Any, grads: list[Any]) -> None:
-        hidden: dict[str, Any] = dict(self.clips.replaced)
-        if getattr(optimizer, "loss_scale_factor", None) is not None:
-            hidden["loss_scale_factor"] = None
-        with optimizers.replaced(optimizer, **hidden), self.halves.as_excluded(optimizer):
+        given = optimizers.as_given(optimizer, self.clips.replaced)
+        with given, self.halves.as_excluded(optimizer):
             optimizers.apply(optimizer, grads, self.targets)
         self.halves.narrow()
         if self.options.ema_decay is not None:

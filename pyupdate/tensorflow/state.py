@@ -88,6 +88,7 @@ class Kept:
             targets: what it steps of each: the same, what Keras wraps them in, or a copy.
             missed: the positions of those that the last micro-batch does not reach.
         """
+        left.warn_of_unplaced(optimizer, targets)
         held = []
         for position in missed:
             variable, target = variables[position], targets[position]
