@@ -234,7 +234,14 @@ def test_groups_of_different_numbers_and_a_late_one(case: Case, way, backend):
         train(optimizer, range(6, 8))
         return optimizer
 
-    assert_alike(trained(lambda g: optimizer_of(way, case, g)), trained(case.truth))
+    ours = trained(lambda g: optimizer_of(way, case, g))
+    try:
+        truth = trained(case.truth)
+    except KeyError:
+        if not isinstance(ours, torch.optim.Adagrad):
+            raise
+        pytest.skip("torch 2.10's Adagrad makes no state for a group that is added, and fails")
+    assert_alike(ours, truth)
 
 
 @cases

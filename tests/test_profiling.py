@@ -13,7 +13,8 @@ ADAMW = next(case for case in FULL if case.name == "adamw")
 
 
 def steps_seen(step):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profiler:  # 2.10 warns without
         step()
         step()
     found = {event.key: event.count for event in profiler.key_averages()}
