@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from pyupdate import frameworks
@@ -76,10 +77,13 @@ def _optimizer(model: Any, optimizer: Any, numbers: dict[str, Any]) -> Any:
                 "returns one"
             )
             raise ValueError(message)
-        return known[optimizer.lower()](**numbers)
+        return _made(known[optimizer.lower()], numbers)
     if isinstance(optimizer, Rule):
         if optimizers.home(model) != "keras":
-            message = "a rule makes an optimizer of Keras 3: this model is tf-keras's"
+            message = (
+                "a rule makes an optimizer of Keras 3, but the model is tf-keras's: give one of "
+                "tf_keras.optimizers, or a model of Keras 3"
+            )
             raise ValueError(message)
         from pyupdate import keras_optim
 
@@ -89,7 +93,7 @@ def _optimizer(model: Any, optimizer: Any, numbers: dict[str, Any]) -> Any:
         raise TypeError(message)
     made = optimizer
     if not optimizers.is_optimizer(made) and callable(made):
-        made = made()
+        made = _called(made)
     if not optimizers.is_optimizer(made):
         what = "optimizer is" if made is optimizer else "the callable given as optimizer returned"
         message = (
@@ -97,4 +101,31 @@ def _optimizer(model: Any, optimizer: Any, numbers: dict[str, Any]) -> Any:
             "without arguments that returns one"
         )
         raise ValueError(message)
+    optimizers.check_home(made, model, "optimizer")
     return made
+
+
+def _made(kind: Any, numbers: dict[str, Any]) -> Any:
+    try:
+        return kind(**numbers)
+    except (TypeError, ValueError) as error:
+        plain = (p for p in inspect.signature(kind).parameters.values() if p.kind != p.VAR_KEYWORD)
+        message = (
+            f"{kind.__name__} refuses what build was given for it ({error}): it takes "
+            f"{', '.join(p.name for p in plain)}"
+        )
+        raise type(error)(message) from error
+
+
+def _called(make: Any) -> Any:
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        message = (
+            f"the callable given as optimizer cannot be called without arguments ({error}): give "
+            "one that can, such as lambda: keras.optimizers.Adam(1e-3)"
+        )
+        raise ValueError(message) from error
+    except ValueError:  # it tells no one what it takes
+        return make()
+    return make()

@@ -31,7 +31,10 @@ def swapped_in(model: Any) -> Iterator[None]:
         )
         raise ValueError(message)
     if replicas.count() > 1:
-        message = f"averaged_weights of '{name}' on one replica of several: enter it outside of run"
+        message = (
+            f"averaged_weights of '{name}' on one replica of several: enter it outside of "
+            "strategy.run"
+        )
         raise RuntimeError(message)
     check_not_swapped(model, name)
     own = [tf.identity(variable) for variable in state.stepped]

@@ -23,16 +23,30 @@ def not_recorded(tape: Any) -> Iterator[None]:
         yield
 
 
-def taken(tape: Any, loss: Any, variables: Sequence[Any], scale: Any, count: int) -> list[Any]:
+def taken(
+    name: str, tape: Any, loss: Any, variables: Sequence[Any], scale: Any, count: int
+) -> list[Any]:
     """The gradients of ``scale * mean(loss) / count``; None where it does not reach a variable.
 
     Neither the mean nor the scale can be recorded, so both are the gradient that comes in.
+
+    Raises:
+        RuntimeError: the tape of the model of that name has given gradients before.
     """
     kind = tf.float64 if loss.dtype == tf.float64 else tf.float32
     factor = tf.constant(1.0, kind) if scale is None else tf.cast(scale, kind)
     elements = tf.cast(tf.size(loss), kind)
     seed = tf.fill(tf.shape(loss), tf.cast(factor / (count * elements), loss.dtype))
-    found: list[Any] = tape.gradient(loss, list(variables), output_gradients=seed)
+    try:
+        found: list[Any] = tape.gradient(loss, list(variables), output_gradients=seed)
+    except RuntimeError as error:
+        if "non-persistent" not in str(error):
+            raise
+        message = (
+            f"the tape was used before the update of '{name}': give each call a tape of its own, "
+            "or make one for several by tf.GradientTape(persistent=True)"
+        )
+        raise RuntimeError(message) from error
     return found
 
 
@@ -62,7 +76,9 @@ def reached(
     if not there:
         message = (
             f"the loss reaches no trainable variable of '{name}': it does not depend on the model, "
-            "was computed outside of the tape, or the tape (not persistent) was used before"
+            "was computed outside of the tape, or the tape (not persistent) was used before. "
+            "Compute it from the model's outputs inside `with tf.GradientTape() as tape:`, one "
+            "tape for each call"
         )
         raise ValueError(message)
     if len(there) < len(grads) and name not in warned:

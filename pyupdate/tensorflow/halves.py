@@ -164,12 +164,27 @@ def _chosen(one: Any) -> tuple[dict[Any, int], ...]:
     return () if found is None else (found,)
 
 
-def of(optimizer: Any, variables: Sequence[Any]) -> tuple[Halves, dict[int, Any]]:
-    """The copies of these ``tf.Variable``; what the optimizer steps in the place of each, by id."""
+def of(
+    optimizer: Any, owners: Sequence[Any], variables: Sequence[Any], name: str
+) -> tuple[Halves, list[Any]]:
+    """The copies of a model's variables; what the optimizer steps: these, or a copy.
+
+    Args:
+        optimizer: that has its state.
+        owners: the model's variables.
+        variables: the ``tf.Variable`` of each.
+        name: the model's.
+
+    Raises:
+        ValueError: the optimizer does not know one of them.
+    """
     known = {id(variable): (variable, copy) for variable, copy in _copies.get(optimizer) or []}
     found = [known[id(v)] for v in variables if id(v) in known]
     pairs = [(variable, optimizers.tf_variable(copy)) for variable, copy in found]
-    return Halves(pairs), {id(variable): copy for variable, copy in found}
+    stand_ins = {id(variable): copy for variable, copy in found}
+    targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
+    optimizers.check_known(optimizer, targets, name)
+    return Halves(pairs), targets
 
 
 def _copy(variable: Any) -> Any:

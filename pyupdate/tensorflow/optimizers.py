@@ -52,6 +52,43 @@ def is_optimizer(value: object) -> bool:
     return bool(home(value)) and not isinstance(value, type) and hasattr(value, "apply_gradients")
 
 
+def check_home(optimizer: Any, model: Any, what: str) -> None:
+    """Refuse an optimizer of the other package: neither knows the other's variables.
+
+    Raises:
+        ValueError: says which to give.
+    """
+    own = home(model)
+    if home(optimizer) != own:
+        message = (
+            f"the {what} is {home(optimizer)}'s {type(optimizer).__name__}, but the model is "
+            f"{own}'s: give one of {own}.optimizers"
+        )
+        raise ValueError(message)
+
+
+def check_known(optimizer: Any, variables: Sequence[Any], name: str) -> None:
+    """Refuse variables that are none of those that an optimizer was built for.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    inner = stepped(optimizer)
+    if is_legacy(inner):  # makes state when it is asked for
+        return
+    keras = home(inner) == "keras"
+    known = inner._trainable_variables_indices if keras else inner._index_dict
+    for variable in variables:
+        if known and inner._var_key(variable) not in known:  # one of the user's may have none
+            message = (
+                f"{getattr(variable, 'path', variable.name)} of '{name}' is none of the variables "
+                f"that its {type(inner).__name__} was built for, as when its layer was frozen "
+                "then: give pyupdate.build a new optimizer now, or build this one while all are "
+                "trainable and freeze afterwards"
+            )
+            raise ValueError(message)
+
+
 def is_legacy(optimizer: Any) -> bool:
     """Whether it is one of ``tf_keras.optimizers.legacy``."""
     return hasattr(optimizer, "_create_all_weights")
@@ -106,6 +143,11 @@ def make_state(optimizer: Any, variables: Sequence[Any]) -> None:
 def tf_variable(variable: Any) -> Any:
     """The ``tf.Variable`` of one of Keras 3's, or of the model; itself where it is one."""
     return variable.value if home(variable) == "keras" else variable
+
+
+def is_mirrored(variable: Any) -> bool:
+    """Whether a ``tf.Variable`` is on several replicas of this process."""
+    return isinstance(variable, tf.distribute.DistributedValues) and len(variable.values) > 1
 
 
 def apply(

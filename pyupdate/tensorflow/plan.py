@@ -192,9 +192,11 @@ class Plan:
         return self.compiled and self._native is None
 
     def _can_compile(self) -> bool:
-        kinds = {variable.dtype for variable in self.variables}
-        if tf.string in kinds:
+        if any(variable.dtype == tf.string for variable in self.variables):
             self._say("a variable holds strings")
+            return False
+        if any(map(optimizers.is_mirrored, self.variables)):
+            self._say("its variables are on several replicas, and this is outside of strategy.run")
             return False
         devices = {variable.device for variable in self.variables}
         if len(devices) > 1:

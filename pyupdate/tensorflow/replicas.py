@@ -37,6 +37,45 @@ def count() -> int:
     return 1 if context is None else int(context.num_replicas_in_sync)
 
 
+def check_place(variables: Sequence[Any], name: str) -> None:
+    """Refuse an update where TensorFlow has none for a model on several replicas.
+
+    Raises:
+        ValueError: says where it belongs.
+    """
+    if not optimizers.is_mirrored(variables[0]):
+        return
+    if tf.distribute.get_replica_context() is None:
+        message = (
+            f"'{name}' is on several replicas, and this is inside of strategy.scope() but outside "
+            "of strategy.run: call update_model in the function that strategy.run runs"
+        )
+        raise ValueError(message)
+    if (
+        count() > 1
+        and not tf.executing_eagerly()
+        and _is_compiled(tf.compat.v1.get_default_graph())
+    ):
+        message = (
+            f"update_model of '{name}' in a tf.function(jit_compile=True) on one replica of "
+            "several: TensorFlow compiles for one device. Leave jit_compile out, or let a plain "
+            "tf.function call strategy.run: the step is compiled for each replica all the same"
+        )
+        raise ValueError(message)
+
+
+def _is_compiled(graph: Any) -> bool:
+    """Whether a ``tf.function(jit_compile=True)`` traces this graph, or one around it."""
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        while context is not None:
+            if context.IsXLAContext():
+                return True
+            context = context.outer_context
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
 def step(
     grads: Sequence[Any],
     scale: Any,
@@ -64,6 +103,7 @@ def step(
 def plan(
     strategy: Any,
     optimizer: Any,
+    name: str,
     owners: Sequence[Any],
     variables: Sequence[Any],
     options: Options,
@@ -73,8 +113,7 @@ def plan(
 ) -> Replicated | OneByOne:
     """How the replicas of a strategy are stepped."""
     inner = optimizers.stepped(optimizer)
-    copies, stand_ins = halves.of(optimizer, variables)
-    targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
+    copies, targets = halves.of(optimizer, owners, variables, name)
     why = ""
     if tf.config.functions_run_eagerly():
         why = "tf.config.run_functions_eagerly is on: nothing is compiled"

@@ -47,16 +47,17 @@ def update(
     owners = list(model.trainable_variables)
     if not owners:
         message = (
-            f"'{name}' has no trainable variables: it was never called on data (not built), or "
-            "every layer is frozen (trainable=False)"
+            f"'{name}' has no trainable variables: it was never called on data (not built; call it "
+            "once), or every layer is frozen (set trainable=True where one is to be stepped)"
         )
         raise ValueError(message)
     variables = [optimizers.tf_variable(owner) for owner in owners]
+    replicas.check_place(variables, name)
     scopes.make_state(optimizer, owners, variables, name)
     scaling = loss_scale.of(optimizer)
     with gradients.not_recorded(tape):
         scale = None if scaling is None else scaling.value()
-        grads = gradients.taken(tape, loss, variables, scale, replicas.count())
+        grads = gradients.taken(name, tape, loss, variables, scale, replicas.count())
         warned = _warned.get(model)
         if warned is None:
             _warned[model] = warned = set()
@@ -112,6 +113,7 @@ def optimizer_of(model: Any, name: str) -> Any:
                 "optimizer"
             )
             raise ValueError(message)
+        optimizers.check_home(found, model, f"{attribute} of '{name}'")
         return found
     message = (
         f"'{name}' has no optimizer: attach one by pyupdate.build(model, 'adam'), or by "
@@ -169,8 +171,7 @@ def apply(
     made: list[Plan] = []
 
     def make() -> Plan:
-        copies, stand_ins = halves.of(optimizer, variables)
-        targets = [stand_ins.get(id(v), o) for v, o in zip(variables, owners, strict=True)]
+        copies, targets = halves.of(optimizer, owners, variables, name)
         inner = optimizers.stepped(optimizer)
         plan = Plan(inner, variables, targets, options, scaling, state, copies, missed)
         made.append(plan)
@@ -183,7 +184,7 @@ def apply(
         def of(strategy: Any) -> Any:
             scopes.check_inside(optimizer, variables, name)
             return replicas.plan(
-                strategy, optimizer, owners, variables, options, scaling, state, missed
+                strategy, optimizer, name, owners, variables, options, scaling, state, missed
             )
 
         eagerly = tf.config.functions_run_eagerly()
@@ -227,7 +228,7 @@ def path_of(model: Any) -> str:
     name = name_of(model)
     plans = _plans.get(optimizer_of(model, name))
     if not plans:
-        message = f"'{name}' was not stepped yet"
+        message = f"'{name}' was not stepped yet: call pyupdate.update_model first"
         raise ValueError(message)
     path: str = next(reversed(plans.values())).path
     return path
@@ -313,7 +314,10 @@ def _check(name: str, model: Any, loss: Any, tape: Any, scaler: Any) -> None:
             )
             raise ValueError(message)
     if not loss.dtype.is_floating:
-        message = f"loss must be a floating tensor, but is one of {loss.dtype.name}"
+        message = (
+            f"the loss of '{name}' must be a floating tensor, but is one of {loss.dtype.name}: "
+            "compute it in a floating type, as integers have no gradients"
+        )
         raise ValueError(message)
     if scaler is not None:
         message = (
