@@ -111,7 +111,7 @@ def test_a_tape_may_be_used_after_its_block_and_a_persistent_one_again() -> None
     with tf.GradientTape() as tape:
         loss = model([tf.constant([1.0])])
     pyupdate.update_model(model, loss, tape=tape)
-    with pytest.raises(RuntimeError, match="non-persistent"):
+    with pytest.raises(RuntimeError, match="persistent=True"):
         pyupdate.update_model(model, loss, tape=tape)
     assert weights(model)[0].tolist() == [-0.5]
 
