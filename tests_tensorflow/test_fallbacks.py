@@ -12,6 +12,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 import keras
+from replicated import made
 from rule_run import NUMBERS
 from training import Known, Spelled, apart, give, ways
 
@@ -192,3 +193,38 @@ def test_what_keras_and_the_rules_have_is_not_asked_about(monkeypatch: pytest.Mo
         model = pyupdate.build(Known([np.ones((3, 4), np.float32), VALUES[0]]), optimizer)
         give(model, np.ones((3, 4), np.float32), GRADS[0][0])
         assert keras_update.path_of(model) == "XLA", optimizer.name
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("way", ["eager", "function"])
+def test_one_line_for_an_optimizer_whose_attributes_change(
+    way: str, scales: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every value is a plan of its own, and every retrace of the user's asks for one."""
+
+    def one() -> Any:
+        inner = Altered(REFUSED["EagerPyFunc"])
+        inner.gain = 0
+        return keras.optimizers.LossScaleOptimizer(inner) if scales else inner
+
+    for number in (1, 2):
+        model = pyupdate.build(Known(VALUES), one())
+        inner = getattr(model.current_optimizer, "inner_optimizer", model.current_optimizer)
+        for gain in range(4):
+            inner.gain = gain
+            ways(lambda *grads, model=model: give(model, *grads))[way](*GRADS[0])
+            assert keras_update.path_of(model).startswith("TensorFlow without XLA: ")
+        assert len(said(caplog)) == number  # a second optimizer has its own
+
+
+def test_one_line_on_replicas(strategy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tf.config.run_functions_eagerly(True)
+    try:
+        for number in (1, 2):
+            model = made(strategy, VALUES, lambda: Altered(lambda grad: grad))
+            for gain in range(3):
+                model.current_optimizer.gain = gain
+                strategy.run(lambda model=model: give(model, *GRADS[0]))
+            assert len(said(caplog)) == number
+    finally:
+        tf.config.run_functions_eagerly(False)

@@ -7,7 +7,6 @@ to all parts of a mirrored variable at once.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +15,10 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import measure, optimizers
+from . import measure, optimizers, told
 from .halves import Halves
 from .loss_scale import LossScale
 from .state import State
-
-_log = logging.getLogger("pyupdate")
 
 
 def first_of(strategy: Any, value: Any) -> Any:
@@ -61,7 +58,7 @@ class OneByOne:
         self.checks = options.skip_nonfinite or scales
         self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
         self.path = f"TensorFlow without XLA: {why}"
-        _log.warning("%s is stepped without XLA: %s", type(optimizer).__name__, why)
+        told.without_xla(optimizer, why)
 
     def __call__(self, strategy: Any, summed: Sequence[Any], scale: Any) -> Any:
         """Step every replica; what is returned is a plan's."""

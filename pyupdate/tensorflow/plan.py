@@ -16,7 +16,6 @@ does not take runs as a plain TensorFlow function, with one line in the log that
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,11 +24,9 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import loss_scale, measure, native, optimizers, xla
+from . import loss_scale, measure, native, optimizers, told, xla
 from .halves import Halves
 from .state import Kept
-
-_log = logging.getLogger("pyupdate")
 
 REFUSALS = ("unsupported operations", "Trying to access resource", "XLA", "compile-time constant")
 """What XLA says when it refuses, before anything was written."""
@@ -212,11 +209,10 @@ class Plan:
         return f"TensorFlow without XLA: {self._said[-1]}" if self._said else "XLA"
 
     def _say(self, why: str) -> None:
-        """Log once why a step runs without XLA."""
+        """Remember why a step runs without XLA, and log it once an optimizer."""
         if why not in self._said:
             self._said.append(why)
-            kind = type(self._optimizer()).__name__
-            _log.warning("%s is stepped without XLA: %s", kind, why)
+            told.without_xla(self._alive(), why)
 
     # ----- what is traced -------------------------------------------------------------------------
 
