@@ -123,7 +123,10 @@ class DevicePlan {
     std::copy(image_.data() + begin, image_.data() + end, reinterpret_cast<char*>(to));
   }
 
-  bool capturing() const { return is_capturing(stream()); }
+  bool capturing() const {
+    const OnDevice current(plan_->device().id);
+    return is_capturing(stream());
+  }
   void set_counts(int64_t address) { plan_->set_counts(address); }
   void state_was_made(bool made) { plan_->state_was_made(made); }
   void vouch() { plan_->vouch(); }

@@ -34,11 +34,56 @@ bool is_capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-OnDevice::OnDevice(int device) : before_(device) {
-  (void)cudaGetDevice(&before_);
-  if (before_ != device) (void)cudaSetDevice(device);
+// ----- the current device
+
+namespace {
+
+// A function of the driver's, found at run time: the module is loaded where there is no driver. The
+// version is the oldest that we would take it from.
+void* driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &found, 11000, cudaEnableDefault, &status);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &status);
+#endif
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error == cudaSuccess && status == cudaDriverEntryPointSuccess ? found : nullptr;
 }
 
-OnDevice::~OnDevice() { (void)cudaSetDevice(before_); }
+// Which context a thread has; null for none, as a thread begins. 0 is success.
+struct CurrentContext {
+  int (*get)(void** context);
+  int (*set)(void* context);
+};
+
+const CurrentContext& current_context() {
+  static const CurrentContext found = {
+      reinterpret_cast<int (*)(void**)>(driver_function("cuCtxGetCurrent")),
+      reinterpret_cast<int (*)(void*)>(driver_function("cuCtxSetCurrent"))};
+  return found;
+}
+
+}  // namespace
+
+// A thread that has asked for no device is on device 0 by name and has no context. To name 0 again
+// would make one there, of some hundred MB, though nobody uses that GPU: so the context that was is
+// put back, or none, which changes neither device nor memory.
+OnDevice::OnDevice(int device) {
+  const CurrentContext& current = current_context();
+  is_known_ = current.get != nullptr && current.set != nullptr && current.get(&context_) == 0;
+  if (!is_known_) (void)cudaGetDevice(&device_);
+  (void)cudaSetDevice(device);
+}
+
+OnDevice::~OnDevice() {
+  if (is_known_) {
+    (void)current_context().set(context_);
+  } else {
+    (void)cudaSetDevice(device_);
+  }
+}
 
 }  // namespace pyupdate::cuda

@@ -15,7 +15,8 @@ int multiprocessors(int device);
 // Whether a graph is being captured on a stream, so that nothing but launches may be put there.
 bool is_capturing(void* stream);
 
-// Makes a device the current one of this thread, and the one before current again.
+// Makes a device the current one of this thread, and the one before current again. No context is
+// made on any other device.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -23,7 +24,9 @@ class OnDevice {
   OnDevice(const OnDevice&) = delete;
 
  private:
-  int before_;
+  void* context_ = nullptr;  // before
+  bool is_known_ = false;
+  int device_ = 0;  // before, where the context is not known
 };
 
 }  // namespace pyupdate::cuda

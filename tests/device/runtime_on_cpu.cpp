@@ -13,7 +13,7 @@ int multiprocessors(int) { return 2; }
 
 bool is_capturing(void*) { return std::getenv("PYUPDATE_TEST_CAPTURING") != nullptr; }
 
-OnDevice::OnDevice(int device) : before_(device) {}
+OnDevice::OnDevice(int) {}
 
 OnDevice::~OnDevice() = default;
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""csrc/cuda/runtime.cpp over a runtime of ours, in which a device is a number.
+
+What is shown: a step on one GPU leaves the others and the thread as they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from compiling import ROOT, shared_library
+
+SOURCE = """
+#include "cuda/runtime.cpp"
+
+using pyupdate::cuda::OnDevice;
+
+extern "C" {
+// A thread on torch's device, as its Python sets it; below 0: it was never set.
+void begin(int device, bool has_driver) {
+  for (bool& has : fake::has_context) has = false;
+  fake::current = nullptr;
+  fake::ours = fake::torchs = {};
+  fake::has_driver = has_driver;
+  if (device >= 0) fake::set_device(&fake::torchs, device);
+}
+// Torch makes a tensor there, under its own guard.
+void allocate(int device) {
+  int* const before = fake::current;
+  fake::enter(device);
+  fake::current = before;
+}
+// Where a step's kernel runs, and where torch's work that is asked for meanwhile.
+int step_on(int device) {
+  const OnDevice current(device);
+  return 10 * fake::launch(fake::ours) + fake::launch(fake::torchs);
+}
+int step_within(int outer, int inner) {
+  const OnDevice current(outer);
+  const int found = step_on(inner);
+  return 100 * found + fake::launch(fake::ours);
+}
+int torchs_device() { return fake::device_of(fake::torchs); }
+int contexts() {
+  int found = 0;
+  for (int k = 0; k < fake::kDevices; ++k) found |= fake::has_context[k] << k;
+  return found;
+}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The shipped runtime.cpp and the scenes above."""
+    folder = tmp_path_factory.mktemp("runtime")
+    return shared_library(SOURCE, folder, f"-I{ROOT / 'tests' / 'device' / 'runtime_fake'}")
+
+
+def test_a_step_on_one_gpu_makes_no_context_on_another(runtime):
+    runtime.begin(-1, True)
+    runtime.allocate(1)
+    for _ in range(2):
+        assert runtime.step_on(1) == 11
+        assert runtime.contexts() == 0b10
+        assert runtime.torchs_device() == 0  # a new tensor goes where it went before
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_the_device_of_the_thread_is_its_own_afterwards(runtime, at):
+    runtime.begin(at, True)
+    runtime.allocate(1)
+    runtime.allocate(3)
+    assert runtime.step_on(1) == 11
+    assert runtime.step_on(3) == 33
+    assert runtime.step_within(3, 1) == 1103
+    assert runtime.torchs_device() == at
+    assert runtime.contexts() == 1 << at | 0b1010
+
+
+def test_threads_that_have_no_context_step_on_one_device_after_the_other(runtime):
+    runtime.begin(-1, True)
+    runtime.allocate(2)
+    runtime.allocate(3)
+    assert [runtime.step_on(k) for k in (3, 2, 2, 3)] == [33, 22, 22, 33]
+    assert runtime.contexts() == 0b1100
+    assert runtime.torchs_device() == 0
+
+
+def test_a_driver_without_the_functions_has_its_device_set_again(tmp_path):
+    # Found once in a process: so in another library.
+    alone = shared_library(SOURCE, tmp_path, f"-I{ROOT / 'tests' / 'device' / 'runtime_fake'}")
+    alone.begin(2, False)
+    alone.allocate(1)
+    assert alone.step_on(1) == 11
+    assert alone.torchs_device() == 2
