@@ -12,7 +12,7 @@
 #   make bench-check  a few ratios to torch again, beside the committed ones: three minutes
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
 #   make cuda     the CUDA module for every architecture, beside the sources: needs nvcc, no GPU, and six minutes (ARCHS="90")
-#   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU
+#   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU, also under sanitizers and by their PTX
 #   make gpu      all that waits for a GPU: tests on it, sanitizers, graphs, benchmarks (RESULTS=folder); makes no .venv
 #   make gpu-static  registers, loads and arithmetic of every CUDA kernel's machine code (ARCHS="90", WRITE=1)
 #   make venv     only the virtual environment, to install another build of torch in it first
@@ -160,9 +160,11 @@ gpu:
 cuda: $(installed)
 	PYUPDATE_CUDA=1 $(if $(filter command line environment,$(origin ARCHS)),PYUPDATE_CUDA_ARCHS="$(ARCHS)") $(bin)/python benchmarks/cuda_build.py
 
-# Every rule, storage and option of the CUDA kernels, which run here as host C++; `make test` has a part of it.
+# Every rule, storage and option of the CUDA kernels, which run here as host C++, also under sanitizers, and by their PTX;
+# `make test` has a part of it. EMULATE=tests/test_cuda_sanitized.py runs one of the files.
+EMULATE ?= tests/test_cuda_on_cpu.py tests/test_cuda_faults.py tests/test_cuda_sanitized.py tests/test_cuda_ptx.py
 gpu-emulate: $(installed)
-	$(bin)/python -m pytest tests/test_cuda_on_cpu.py tests/test_cuda_ptx.py -q
+	$(bin)/python -m pytest $(EMULATE) $(PYTEST)
 
 # What ptxas makes of every CUDA kernel; says what it skips. WRITE=1 writes the tables of docs/gpu.md.
 ARCHS ?= 80 86 89 90 100 120

@@ -42,6 +42,9 @@ FP32 = 1
 # -O1: a third of the time of -O2 to compile, and the arrays of these tests are small.
 FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
+ADDRESS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+THREAD = ("-g1", "-fsanitize=thread")
+
 # ----- compiled -----------------------------------------------------------------------------------
 
 
@@ -355,6 +358,22 @@ def with_averages(rng: np.random.Generator, groups: list[Group], rows: list[Para
     for row in rows:
         compute = STORAGES[groups[row.group].storage][3]
         row.average = rng.standard_normal(row.param.size).astype(compute)
+
+
+def mixed_plan(
+    rule: str, asked: Asked, seed: int, storages: Sequence[int] = range(len(STORAGES))
+) -> tuple[list[Group], list[Parameter]]:
+    """Rows of every storage, aligned and not, of no element and of more than a chunk."""
+    rng = np.random.default_rng(seed)
+    groups = [group_of(rule, storage, count=2) for storage in storages]
+    rows = [
+        row_of(rng, groups, k, size, shift=shift, identity=(1 << 32) + size, step_bytes=wide)
+        for k in range(len(groups))
+        for size, shift, wide in ((0, 0, 4), (13, 1, 8), (1_003, 0, 0), (16_401, 0, 4))
+    ]
+    if asked.ema_weight:
+        with_averages(rng, groups, rows)
+    return groups, rows
 
 
 def assert_same(found: Result, wanted: Result, rows: Sequence[Parameter]) -> None:

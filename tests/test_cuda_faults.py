@@ -15,7 +15,9 @@ import cuda_cases
 import numpy as np
 import pytest
 from cuda_cases import (
+    ADDRESS,
     FP32,
+    THREAD,
     Asked,
     Group,
     Parameter,
@@ -29,8 +31,6 @@ from cuda_cases import (
 from pyupdate.kernels.rules import RULES
 
 TWO = {name: RULES[name] for name in ("sgd", "adamw", "lamb")}
-ADDRESS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-THREAD = ("-g1", "-fsanitize=thread")
 
 
 def small(rule: str, sizes: tuple[int, ...]) -> tuple[list[Group], list[Parameter]]:

@@ -84,8 +84,12 @@ def test_options_on_every_storage_in_one_plan(program, rule, options):
     compare(program, groups, rows, OPTIONS[options], order=5, blocks=7)
 
 
+IN_ORDERS = ("adamw", "lamb", "nadam", "novograd")
+REST = [pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule not in IN_ORDERS]
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("rule", ["adamw", "lamb", "nadam", "novograd"])
+@pytest.mark.parametrize("rule", [*IN_ORDERS, *REST])
 def test_no_order_of_threads_and_no_grid_changes_a_bit(program, rule, order):
     rng = np.random.default_rng(43)
     groups = [group_of(rule, count=1)]
