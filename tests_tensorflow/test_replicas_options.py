@@ -152,7 +152,7 @@ def test_averages_are_not_put_in_on_one_replica_of_several(strategy: Any) -> Non
         with pyupdate.averaged_weights(model):
             pass
 
-    with pytest.raises(RuntimeError, match="enter it outside of strategy.run"):
+    with pytest.raises(RuntimeError, match=r"enter it outside of strategy\.run"):
         strategy.run(each)
 
 

@@ -9,29 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from ..remembered import Remembered
 
-_SCALARS = (bool, int, float, str, bytes, complex, type(None))
-_ARRAYS = (np.ndarray, np.generic)
-_LISTS = (list, tuple, dict, set, frozenset)  # made once: a union takes 1 us
-_OF_VARIABLES = frozenset(
-    (
-        *("_trainable_variables_indices", "_index_dict", "_tracker"),
-        "_exclude_from_weight_decay_cache",
-        "_self_unconditional_checkpoint_dependencies",
-        "_self_unconditional_dependency_names",
-    )
-)
-"""What says of variables where they stand; a trace may add to it."""
-_serials: Remembered[int] = Remembered()
-_serial = count()
-_reads_variables: Remembered[bool] = Remembered()
 _homes: Remembered[str] = Remembered()  # of types: a step asks for 16, 2 us each
 _scaling: Remembered[bool] = Remembered()
 
@@ -209,98 +192,3 @@ def replaced(optimizer: Any, **attributes: Any) -> Iterator[None]:
                 own[name] = before[name]
             else:
                 own.pop(name, None)
-
-
-def fingerprint(optimizer: Any) -> tuple[Any, ...]:
-    """What a trace takes from Python: an optimizer's attributes, and those of its parts, by value.
-
-    A trace holds them as constants, so another value must be another trace: a beta, a clip, a
-    schedule, an entry of a list. It keeps nothing alive. Not ``get_config``: that would wait for
-    the learning rate.
-    """
-    return _attributes(optimizer, {id(optimizer)})
-
-
-def _attributes(owner: Any, seen: set[int]) -> tuple[Any, ...]:
-    found: list[Any] = []
-    for name, part in vars(owner).items():
-        if isinstance(part, _SCALARS):
-            found.append((name, type(part), part))
-        elif name in _OF_VARIABLES:
-            continue
-        elif name == "_learning_rate" and callable(part) and not home(part):
-            if not isinstance(part, tf.Variable):  # a plain function is read at the trace
-                found.append((name, _number(part), _called(part)))
-        elif (value := _value(part, seen)) is not None:
-            found.append((name, value))
-    return tuple(found)
-
-
-def _value(part: Any, seen: set[int]) -> Any:
-    """What is compared of a value; None where a trace does not hold it."""
-    if isinstance(part, _SCALARS):
-        return type(part), part
-    if isinstance(part, _ARRAYS):
-        if part.dtype.hasobject:
-            return "array", _number(part)
-        return part.dtype.str, part.shape, part.tobytes()
-    if hasattr(part, "assign"):  # a variable is read at each step
-        return None
-    if isinstance(part, _LISTS):
-        return _entries(part, seen)
-    if (callable(part) and home(part)) or is_optimizer(part):
-        if hasattr(part, "trainable_variables") and not is_optimizer(part):
-            return None  # a model or a layer
-        if id(part) in seen:
-            return "again"
-        seen.add(id(part))
-        return type(part), _attributes(part, seen)
-    return None
-
-
-def _entries(part: Any, seen: set[int]) -> Any:
-    if id(part) in seen:
-        return "again"
-    items = part.values() if isinstance(part, dict) else part
-    if hasattr(next(iter(items), None), "assign"):  # of variables: state, by the hundred
-        return None
-    seen.add(id(part))
-    if isinstance(part, dict):
-        keys = [_value(key, seen) for key in part]
-        return "dict", tuple(zip(keys, [_value(v, seen) for v in items], strict=True))
-    values = [_value(value, seen) for value in items]
-    if isinstance(part, set | frozenset):
-        return "set", frozenset(values)
-    return type(part), tuple(values)
-
-
-def _number(value: Any) -> int:
-    """A number that no other object ever has: an `id` is given again."""
-    try:
-        found = _serials.get(value)
-        if found is None:
-            _serials[value] = found = next(_serial)
-    except TypeError:  # no weak reference can be had of it
-        return id(value)
-    return found
-
-
-def _called(function: Any) -> Any:
-    """What a learning-rate function says now; None where a trace asks it at each step.
-
-    One that reads a variable, as ``optimizer.iterations``, is traced with it. Any other tensor or
-    number is a constant of the trace.
-    """
-    value = function()
-    if isinstance(value, tf.Variable) or home(value):
-        return None
-    if not tf.is_tensor(value):
-        return _value(value, set())
-    if not hasattr(value, "numpy"):  # somebody traces
-        return None
-    reads = _reads_variables.get(function)
-    if reads is None:
-        traced = tf.function(function, autograph=False).get_concrete_function()
-        reads = any(given.dtype == tf.resource for given in traced.captured_inputs)
-        _reads_variables[function] = reads
-    return None if reads else _value(value.numpy(), set())

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import loss_scale, measure, native, optimizers, told, xla
+from . import loss_scale, measure, native, optimizers, rates, told, xla
 from .halves import Halves
 from .state import Kept
 
@@ -44,6 +44,7 @@ class Plan:
         state: the model's sums and averages; None where the options keep none.
         halves: float32 copies of variables in half precision.
         missed: the positions of the variables that this micro-batch of several does not reach.
+        fed: the learning rates that are read from variables: see `rates.fed`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Plan:
         state: Kept | None,
         halves: Halves,
         missed: Sequence[int] = (),
+        fed: rates.Rates | None = None,
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.variables = list(variables)
@@ -65,6 +67,7 @@ class Plan:
         self._state = state
         self.halves = halves
         self.missed = missed
+        self._rates = [(fed or {}).get(id(one)) for one in optimizers.parts(optimizer)]
         self.clips = measure.clips_of(optimizer)
         self.checks = options.skip_nonfinite or (scale is not None and scale.counter is not None)
         self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
@@ -343,10 +346,11 @@ class Plan:
         self.halves.widen()
         if self.missed:
             back = self.state.put_back(optimizer, self.variables, self.targets, self.missed)
-        if self._native is not None:
-            self._native(optimizer, grads, self.targets)
-        else:
-            self._apply_as_it_is(optimizer, grads)
+        with rates.read(optimizer, self._rates):
+            if self._native is not None:
+                self._native(optimizer, grads, self.targets)
+            else:
+                self._apply_as_it_is(optimizer, grads)
         if self.missed:
             back()
 

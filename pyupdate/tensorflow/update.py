@@ -15,8 +15,9 @@ from pyupdate.names import check_deferred, name_of
 from pyupdate.options import LastUpdate, Options
 
 from ..remembered import Remembered
-from . import averages, gradients, halves, loss_scale, optimizers, replicas, scopes
+from . import averages, gradients, halves, loss_scale, optimizers, rates, replicas, scopes
 from .alone import without_strategy
+from .attributes import fingerprint
 from .plan import Plan
 from .state import State
 
@@ -155,10 +156,14 @@ def apply(
     if optimizers.counts_in_python(optimizers.stepped(optimizer)):
         _moving[optimizer] = True
 
+    replicated = replicas.count()
+    traced = tf.executing_eagerly() and replicated == 1 and not _moving.get(optimizer)
+    asked = rates.fed(optimizers.stepped(optimizer)) if traced else {}
+
     def said() -> Any:
         """What a trace takes from Python; None where nothing is traced."""
         inner = optimizers.stepped(optimizer)
-        return None if _moving.get(optimizer) else optimizers.fingerprint(inner)
+        return None if _moving.get(optimizer) else fingerprint(inner, asked)
 
     def planned(make: Callable[[], P], *also: Any) -> P:
         inner = said()
@@ -173,13 +178,13 @@ def apply(
     def make() -> Plan:
         copies, targets = halves.of(optimizer, owners, variables, name)
         inner = optimizers.stepped(optimizer)
-        plan = Plan(inner, variables, targets, options, scaling, state, copies, missed)
+        plan = Plan(inner, variables, targets, options, scaling, state, copies, missed, asked)
         made.append(plan)
         if _moving.get(optimizer):
             plan.leave_traces()
         return plan
 
-    if (replicated := replicas.count()) > 1:
+    if replicated > 1:
 
         def of(strategy: Any) -> Any:
             scopes.check_inside(optimizer, variables, name)
