@@ -99,6 +99,34 @@ def test_the_module_is_imported_and_parameters_on_the_cpu_are_stepped(checkout):
     assert "no CUDA device: " in refused
 
 
+REFUSED = """
+import sys, torch, pyupdate
+sys.path.insert(0, sys.argv[1])
+from device_on_cpu import cuda_on_cpu
+from pyupdate import _cuda
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+optimizer = pyupdate.optim.LAMB([param], lr=0.5)
+with cuda_on_cpu(_cuda):
+    for _ in range(2):
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            print(error)
+print(param.tolist())
+"""
+
+
+def test_a_step_without_a_driver_is_an_error_in_cudas_words(checkout):
+    *refused, param = python(checkout, "-c", REFUSED, str(ROOT / "tests")).splitlines()
+    assert len(refused) == 2
+    for line in refused:  # 35: no driver, or one that is too old; 100: no device
+        begins = "CUDA device 0 could not be made the current one: "
+        assert line.startswith(begins)
+        assert line.endswith(("(error 35)", "(error 100)"))
+    assert param == "[1.0, 1.0, 1.0]"
+
+
 def test_it_was_compiled_from_the_text_of_the_rule_for_what_was_asked(checkout):
     (path,) = (checkout / "pyupdate").glob("_cuda.*")
     module = load_module("_cuda", path)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """csrc/cuda/runtime.cpp over a runtime of ours, in which a device is a number.
 
-What is shown: a step on one GPU leaves the others and the thread as they were.
+What is shown: a step on one GPU leaves the others and the thread as they were, or says why not.
 """
 
 from __future__ import annotations
@@ -41,6 +41,20 @@ int step_within(int outer, int inner) {
   const int found = step_on(inner);
   return 100 * found + fake::launch(fake::ours);
 }
+// What is said where the device cannot be had.
+const char* step_with(int device, int error) {
+  static std::string said;
+  fake::error = error;
+  try {
+    step_on(device);
+    said = "it was stepped";
+  } catch (const std::runtime_error& failure) {
+    said = failure.what();
+  }
+  fake::error = 0;
+  return said.c_str();
+}
+int left_behind() { return cudaGetLastError(); }
 int torchs_device() { return fake::device_of(fake::torchs); }
 int contexts() {
   int found = 0;
@@ -55,7 +69,9 @@ int contexts() {
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The shipped runtime.cpp and the scenes above."""
     folder = tmp_path_factory.mktemp("runtime")
-    return shared_library(SOURCE, folder, f"-I{ROOT / 'tests' / 'device' / 'runtime_fake'}")
+    library = shared_library(SOURCE, folder, f"-I{ROOT / 'tests' / 'device' / 'runtime_fake'}")
+    library.step_with.restype = ctypes.c_char_p
+    return library
 
 
 def test_a_step_on_one_gpu_makes_no_context_on_another(runtime):
@@ -95,3 +111,16 @@ def test_a_driver_without_the_functions_has_its_device_set_again(tmp_path):
     alone.allocate(1)
     assert alone.step_on(1) == 11
     assert alone.torchs_device() == 2
+
+
+@pytest.mark.parametrize("code", [101, 700])
+def test_a_device_that_cannot_be_had_is_an_error_that_says_whose(runtime, code):
+    runtime.begin(0, True)
+    runtime.allocate(1)
+    said = runtime.step_with(1, code).decode()
+    begins = f"CUDA device 1 could not be made the current one: CUDA's own words (error {code})"
+    assert said.startswith(begins)
+    assert ("The fault is of work that was launched before" in said) == (code == 700)
+    assert runtime.left_behind() == 0
+    assert runtime.torchs_device() == 0
+    assert runtime.step_on(1) == 11

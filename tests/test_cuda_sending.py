@@ -149,16 +149,25 @@ def test_a_capture_of_a_first_step_is_refused_before_state_is_made(stepping, mon
 # ----- failures -----------------------------------------------------------------------------------
 
 
-def test_a_launch_that_fails_names_its_kernel(recorded_module, monkeypatch):
+@pytest.mark.parametrize("code", [1, 209, 701, 720])
+def test_a_launch_that_fails_names_its_kernel(code, recorded_module, monkeypatch):
     with cuda_on_cpu(recorded_module):
         _, optimizer = stepped()
-        monkeypatch.setenv("PYUPDATE_TEST_NO_LAUNCH", "1")
-        expected = (
-            r"CUDA kernel 'reduce' could not be launched: too many resources requested for launch "
-            r"\(error 701\)"
-        )
-        with pytest.raises(RuntimeError, match=expected):
-            optimizer.step()
+        monkeypatch.setenv("PYUPDATE_TEST_NO_LAUNCH", str(code))
+        said = refused(optimizer)
+    assert said == (f"CUDA kernel 'reduce' could not be launched: CUDA's own words (error {code})")
+
+
+# ECC, NVLink, an address, a timeout, an assertion, an alignment, "unspecified launch failure"
+@pytest.mark.parametrize("code", [214, 220, 700, 702, 710, 716, 719])
+def test_a_fault_of_earlier_work_is_not_blamed_on_the_kernel(code, recorded_module, monkeypatch):
+    with cuda_on_cpu(recorded_module):
+        _, optimizer = stepped()
+        monkeypatch.setenv("PYUPDATE_TEST_NO_LAUNCH", str(code))
+        said = refused(optimizer)
+    assert said.startswith("CUDA kernel 'reduce' could not be launched: CUDA's own words ")
+    assert f"(error {code}). The fault is of work that was launched before, by pyupdate or" in said
+    assert "CUDA_LAUNCH_BLOCKING=1" in said
 
 
 def test_what_is_refused_names_the_parameter(stepping):

@@ -12,10 +12,17 @@
 #include <cuda_runtime.h>
 
 namespace pyupdate::cuda {
+// The launch's own answer: cudaGetLastError() behind <<<>>> would also be what an earlier call
+// left.
 template <class... Arguments>
-void start(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, void* stream,
-           Arguments... arguments) {
-  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+cudaError_t start(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, void* stream,
+                  Arguments... arguments) {
+  void* given[] = {&arguments...};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), given, 0,
+                       static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) (void)cudaGetLastError();  // it has been told
+  return error;
 }
 }  // namespace pyupdate::cuda
 #else
@@ -28,12 +35,13 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// Starts one kernel and tells what became of it; what runs later is reported by a later call.
+// Starts one kernel and tells what became of it, or of work before it (failure.h); what it comes to
+// itself is told by a later call.
 template <class... Arguments>
 Launched launched(const char* name, void (*kernel)(Arguments...), int64_t blocks, void* stream,
                   Arguments... arguments) {
-  start(kernel, static_cast<unsigned>(blocks), kThreads, stream, arguments...);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error =
+      start(kernel, static_cast<unsigned>(blocks), kThreads, stream, arguments...);
   return {static_cast<int>(error), name, cudaGetErrorString(error)};
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../plan_object.h"
+#include "failure.h"
 #include "image.h"
 #include "launch.h"
 #include "runtime.h"
@@ -37,9 +38,8 @@ std::vector<RuleShape> shapes() {
 // A launch that failed says which kernel it was.
 void check(const Launched& launched) {
   if (launched.code == 0) return;
-  throw std::runtime_error(std::string("CUDA kernel '") + launched.kernel +
-                           "' could not be launched: " + launched.text + " (error " +
-                           std::to_string(launched.code) + ")");
+  throw failure(std::string("CUDA kernel '") + launched.kernel + "' could not be launched",
+                launched.code, launched.text);
 }
 
 // Addresses on the device: of the Outcome, the scale and found_inf of a step; 0 for none.

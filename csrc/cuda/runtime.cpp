@@ -4,13 +4,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include "failure.h"
+
 namespace pyupdate::cuda {
 
 std::string why_no_device() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
-    (void)cudaGetLastError();  // it would be told again by the next launch
+    (void)cudaGetLastError();
     return cudaGetErrorString(error);
   }
   return count == 0 ? "the driver shows none" : "";
@@ -75,7 +77,11 @@ OnDevice::OnDevice(int device) {
   const CurrentContext& current = current_context();
   is_known_ = current.get != nullptr && current.set != nullptr && current.get(&context_) == 0;
   if (!is_known_) (void)cudaGetDevice(&device_);
-  (void)cudaSetDevice(device);
+  const cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw failure("CUDA device " + std::to_string(device) + " could not be made the current one",
+                error, cudaGetErrorString(error));
 }
 
 OnDevice::~OnDevice() {

@@ -16,7 +16,7 @@ int multiprocessors(int device);
 bool is_capturing(void* stream);
 
 // Makes a device the current one of this thread, and the one before current again. No context is
-// made on any other device.
+// made on any other device. Throws std::runtime_error where it cannot be.
 class OnDevice {
  public:
   explicit OnDevice(int device);

@@ -414,13 +414,13 @@ inline __attribute__((always_inline)) void __stwb(T* to, T value) {
 // ----- the host's side
 
 using cudaError_t = int;
-inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace pyupdate::cuda {
 template <class... Arguments>
-void start(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, void*,
-           Arguments... arguments) {
+cudaError_t start(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, void*,
+                  Arguments... arguments) {
   cuda_on_cpu::run_grid(blocks, threads, [&] { kernel(arguments...); });
+  return 0;
 }
 }  // namespace pyupdate::cuda
