@@ -3,19 +3,21 @@
 
     make predicted
 
-The bytes of pyupdate are those that `bytes_per_parameter` derives from the read and write sets of
-the rule; its launches are counted as its back ends make them, from the optimizer's groups and
-dtypes: a bucket is a (dtype, rule), and takes one launch for all reduces (or for the tail that
-prepares the step) and one a stage. Those of the peers are counted from what their sources do, for
-fp32 with `zero_grad(set_to_none=True)`. A time is bytes over the card's peak bandwidth: below it is
-no step, above it are launches, host time and everything that is not perfect.
+The bytes and launches of pyupdate are what a plan of the back end `cuda` says: it goes through the
+buckets and stages that a step goes through (csrc/cuda/module.cpp), and each stage moves what its
+kernel was compiled to read and write. The module is that of the tests whose launches do nothing,
+the parameters have no memory. Those of the peers are counted from what their sources do, for fp32
+with `zero_grad(set_to_none=True)`. A time is bytes over the card's peak bandwidth: below it is no
+step, above it are launches, host time and everything that is not perfect.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,13 @@ from shapes import MODELS, Shape, elements, tiny
 from torch import nn
 
 import pyupdate
+from pyupdate.backends import compiled
 from pyupdate.pytorch import step
+from pyupdate.pytorch.request import Scaling, request_of
+from pyupdate.pytorch.rows import GroupRule, Row
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from compiling import device_module
 
 CARDS = {"A100": 2039e9, "H100": 3352e9, "B200": 8000e9}
 """Peak bytes a second of the SXM cards with 80, 80 and 180 GB, as NVIDIA states them."""
@@ -132,6 +140,10 @@ class Peer:
 # ----- ours ---------------------------------------------------------------------------------------
 
 
+DEVICE = (2, 0)
+"""As DLPack names a CUDA device."""
+
+
 def ours(shapes: Sequence[Shape], kind: str) -> Count:
     """Counted from an optimizer over tensors without memory."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
@@ -140,22 +152,31 @@ def ours(shapes: Sequence[Shape], kind: str) -> Count:
         options["max_norm"] = 1.0
     if "average" in kind:
         options["ema_decay"] = 0.999
-    optimizer = pyupdate.optim.AdamW(params, **options)
-    moved = pyupdate.bytes_per_parameter(optimizer, scaled="scaler" in kind)
-    return Count(moved * elements(list(shapes)), launches(optimizer))
+    return planned(pyupdate.optim.AdamW(params, **options), scaled="scaler" in kind)
 
 
-def launches(optimizer: torch.optim.Optimizer) -> int:
-    """Launches of a step on one GPU: a bucket's reduce or tail, and its stages."""
-    row = step.row_of(optimizer)
-    assert row is not None
-    buckets = {
-        (param.dtype, rule.name): len(rule.stages)
-        for group in optimizer.param_groups
-        for rule in (row.rule(group),)
-        for param in group["params"]
-    }
-    return sum(1 + stages for stages in buckets.values())
+def planned(optimizer: torch.optim.Optimizer, *, scaled: bool = False) -> Count:
+    """What the plan of an optimizer says of a step on one GPU.
+
+    Args:
+        optimizer: one whose rules say all that it does; its parameters need no memory.
+        scaled: whether the step is made with an enabled scaler.
+    """
+    kind = step.row_of(optimizer)
+    assert kind is not None
+    options = step.options_of(optimizer)
+    rules = [GroupRule(kind.rule(group), kind.counts_steps) for group in optimizer.param_groups]
+    rows = [
+        Row(param, g, position, f"group {g}, parameter {position}")
+        for g, group in enumerate(optimizer.param_groups)
+        for position, param in enumerate(group["params"])
+    ]
+    module = device_module("_cuda_recorded")
+    averages = options.ema_decay is not None
+    plan = compiled.plan_of(module.Plan, rows, rules, averages, device=DEVICE)
+    launches = plan.launches(reduce=request_of(options, Scaling(check=scaled)).reduce)
+    moved = sum(n * rows[r].param.numel() for _, _, moves in launches for r, n in moves)
+    return Count(moved, len(launches))
 
 
 CONTESTANTS: dict[str, Callable[[Sequence[Shape], str], Count]] = {

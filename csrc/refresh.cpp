@@ -311,6 +311,16 @@ void Plan::identify() {
   }
 }
 
+std::vector<int64_t> Plan::kinds() const {
+  std::vector<int64_t> found;
+  size_t group = 0;
+  for (size_t r = 0; r < records_.size(); ++r) {
+    while (static_cast<int32_t>(r) >= group_ends_[group]) ++group;
+    found.push_back(groups_[group].rule * cpu::kStorages + storages_[r]);
+  }
+  return found;
+}
+
 void Plan::count_step() {
   ++serial_;
   for (const int32_t r : active_) {

@@ -116,6 +116,8 @@ class Plan {
   const std::vector<Source>& sources() const { return sources_; }
   const GroupRule& group(int64_t g) const { return groups_[static_cast<size_t>(g)]; }
   int64_t group_count() const { return static_cast<int64_t>(groups_.size()); }
+  // Of each record, rule * kStorages + storage: before its first refresh, by its parameter's dtype.
+  std::vector<int64_t> kinds() const;
   int64_t record_count() const { return static_cast<int64_t>(records_.size()); }
   const dlpack::ExchangeApi& exchange() const { return *interface_.exchange; }
   const dlpack::Device& device() const { return interface_.device; }

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape lists against what the models' papers and authors state, the counts by hand."""
+"""Shape lists against what their authors state; counts by hand, and beside what was launched."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from device_on_cpu import cuda_on_cpu
+from ways import plan_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -65,7 +72,7 @@ def test_multi_tensor_launches_by_hand(count, size, lists, launches):
         ("scaler + clip + average", 112, 60, 60, 40),
     ],
 )
-def test_bytes_of_an_adamw_parameter_by_hand(kind, foreach, fused, apex, ours):
+def test_bytes_of_an_adamw_parameter_by_hand(kind, foreach, fused, apex, ours, recorded_module):
     of = 16 * 24
     found = {name: count([(16, 24)], kind) for name, count in predicted.CONTESTANTS.items()}
     assert {name: count.bytes / of for name, count in found.items()} == {
@@ -76,23 +83,72 @@ def test_bytes_of_an_adamw_parameter_by_hand(kind, foreach, fused, apex, ours):
     }
 
 
-def test_our_launches_do_not_depend_on_tensors_and_groups():
-    import torch
-
-    def params(count, dtype=torch.float32):
-        return [
-            torch.nn.Parameter(torch.empty(3, dtype=dtype, device="meta")) for _ in range(count)
-        ]
-
-    one = pyupdate.optim.AdamW(params(1))
-    many = pyupdate.optim.AdamW([{"params": params(5), "lr": lr} for lr in (0.1, 0.2, 0.3)])
-    assert predicted.launches(one) == predicted.launches(many) == 2
-    mixed = pyupdate.optim.AdamW([*params(2), *params(2, torch.bfloat16)], amsgrad=True)
-    assert predicted.launches(mixed) == 4
-    assert predicted.launches(pyupdate.optim.LAMB(params(7))) == 3
+FLOAT, HALF = torch.float32, torch.bfloat16
 
 
-def test_the_table_says_that_it_predicts(capsys):
+def params(count: int, *dtypes: torch.dtype, device: str = "meta") -> list[torch.nn.Parameter]:
+    return [
+        torch.nn.Parameter(torch.ones(3 + k, dtype=dtype, device=device))
+        for dtype in dtypes
+        for k in range(count)
+    ]
+
+
+def test_our_launches_do_not_depend_on_tensors_and_groups(recorded_module):
+    one = pyupdate.optim.AdamW(params(1, FLOAT))
+    groups = [{"params": params(5, FLOAT), "lr": lr} for lr in (0.1, 0.2, 0.3)]
+    assert predicted.planned(one).launches == 2
+    assert predicted.planned(pyupdate.optim.AdamW(groups)).launches == 2
+
+
+# The launches by hand: one for all gradients, then a stage of a rule in a storage each.
+STEPS: dict[str, tuple[Callable[[list[Any]], Any], tuple[torch.dtype, ...], int]] = {
+    "AdamW": (pyupdate.optim.AdamW, (FLOAT,), 2),
+    "AdamW with a norm": (partial(pyupdate.optim.AdamW, max_norm=1.0), (FLOAT,), 2),
+    "AdamW with an average": (partial(pyupdate.optim.AdamW, ema_decay=0.9), (FLOAT,), 2),
+    "LAMB": (partial(pyupdate.optim.LAMB, max_norm=1.0), (FLOAT,), 3),
+    "mixed dtypes": (partial(pyupdate.optim.AdamW, amsgrad=True), (FLOAT, HALF, FLOAT), 3),
+    "LAMB, mixed, an average": (partial(pyupdate.optim.LAMB, ema_decay=0.9), (HALF, FLOAT), 5),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_plan_says_what_a_step_launches_and_moves(name, recorded_module):
+    make, dtypes, launches = STEPS[name]
+    count = predicted.planned(make(params(4, *dtypes)))
+    assert count.launches == launches
+
+    listed = params(4, *dtypes, device="cpu")
+    optimizer = make(listed)
+    with cuda_on_cpu(recorded_module):
+        for _ in range(3):  # the first one makes the state
+            recorded_launches(recorded_module)
+            for param in listed:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            made = recorded_launches(recorded_module)
+            (part,) = plan_of(optimizer).parts
+            said = part._plan.launches(reduce=True)
+            assert [(kernel, stage) for kernel, stage, _, _ in made] == [
+                (kernel, stage) for kernel, stage, _ in said
+            ]
+            assert len(made) == launches
+            # A tensor of this size is one item of work.
+            assert [items for _, _, _, items in made[1:]] == [len(moves) for *_, moves in said[1:]]
+    # By Python from the text of the rule, where the plan has what the kernels were compiled to do.
+    total = sum(param.numel() for param in listed)
+    assert count.bytes == total * pyupdate.bytes_per_parameter(optimizer)
+
+
+def recorded_launches(module: Any) -> list[tuple[str, int, int, int]]:
+    """The kernel, stage, storage and items of what was launched since it was asked last."""
+    text = ctypes.create_string_buffer(1 << 16)
+    ctypes.CDLL(module.__file__).recorded_launches(text, ctypes.c_int64(len(text)))
+    lines = [line.rsplit(" ", 3) for line in text.value.decode().splitlines()]
+    return [(kernel, int(stage), int(of), int(items)) for kernel, stage, of, items in lines]
+
+
+def test_the_table_says_that_it_predicts(recorded_module):
     table = predicted.table()
     assert table.count("\n") == 1 + 4 * len(predicted.KINDS) * len(predicted.CONTESTANTS)
     # 124,439,808 x 28 bytes at 3,352 GB/s

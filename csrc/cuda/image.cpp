@@ -21,7 +21,19 @@ int64_t bytes_of(const std::vector<T>& v) {
 
 // ----- work
 
-// The rows of a bucket one after the other, chunk by chunk; buckets by their first rows.
+std::vector<Bucket> buckets_of(const std::vector<int64_t>& kinds) {
+  std::vector<Bucket> buckets;
+  std::vector<int64_t> known;
+  for (const int64_t kind : kinds) {
+    if (std::find(known.begin(), known.end(), kind) != known.end()) continue;
+    known.push_back(kind);
+    buckets.push_back({static_cast<int32_t>(kind / cpu::kStorages),
+                       static_cast<int32_t>(kind % cpu::kStorages), 0, 0});
+  }
+  return buckets;
+}
+
+// The rows of a bucket one after the other, chunk by chunk.
 void Image::cut(const cpu::Tables& tables) {
   std::vector<int64_t> kinds, sizes;
   for (const Row& row : tables.rows) {
@@ -33,22 +45,16 @@ void Image::cut(const cpu::Tables& tables) {
   kinds_.swap(kinds);
   sizes_.swap(sizes);
   items_.clear();
-  buckets_.clear();
-  std::vector<int64_t> order;
-  for (const int64_t kind : kinds_) {
-    if (std::find(order.begin(), order.end(), kind) == order.end()) order.push_back(kind);
-  }
-  for (const int64_t kind : order) {
-    const auto begin = static_cast<int64_t>(items_.size());
+  buckets_ = buckets_of(kinds_);
+  for (Bucket& bucket : buckets_) {
+    bucket.begin = static_cast<int64_t>(items_.size());
     for (size_t k = 0; k < kinds_.size(); ++k) {
-      if (kinds_[k] != kind) continue;
+      if (kinds_[k] != bucket.rule * cpu::kStorages + bucket.storage) continue;
       for (int64_t chunk = 0; chunk < chunks_of(sizes_[k]); ++chunk) {
         items_.push_back(static_cast<int64_t>(k) << 32 | chunk);
       }
     }
-    buckets_.push_back({static_cast<int32_t>(kind / cpu::kStorages),
-                        static_cast<int32_t>(kind % cpu::kStorages), begin,
-                        static_cast<int64_t>(items_.size())});
+    bucket.end = static_cast<int64_t>(items_.size());
   }
 }
 

@@ -18,6 +18,18 @@ struct GroupNumbers {
   const std::vector<std::vector<int64_t>>& at;
 };
 
+// The buckets of rows of these kinds (rule * cpu::kStorages + storage), by their first rows;
+// without items.
+std::vector<Bucket> buckets_of(const std::vector<int64_t>& kinds);
+
+// What a step launches behind its reduce: every stage of every bucket.
+template <class F>
+void each_stage(const std::vector<Bucket>& buckets, F&& launch) {
+  for (const Bucket& bucket : buckets) {
+    for (int stage = 0; stage < rule_info(bucket.rule).stages; ++stage) launch(bucket, stage);
+  }
+}
+
 class Image {
  public:
   // Draws the tables of a plan that was refreshed just now.

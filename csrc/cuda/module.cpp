@@ -117,6 +117,30 @@ class DevicePlan {
     run(numbers, number_at, request, places, send);
   }
 
+  // What a step of all records launches: the kernel, its stage, and of each record that it steps
+  // the bytes that one element moves. `reduce` is the request's.
+  using Moved = std::vector<std::pair<int64_t, int64_t>>;
+  std::vector<std::tuple<std::string, int, Moved>> launches(bool reduce) const {
+    const std::vector<int64_t> kinds = plan_->kinds();
+    Moved read;
+    for (size_t r = 0; reduce && r < kinds.size(); ++r) {
+      read.emplace_back(r, bytes_of_type(kStorageTypes[kinds[r] % cpu::kStorages].param));
+    }
+    std::vector<std::tuple<std::string, int, Moved>> found{{"reduce", 0, read}};
+    each_stage(buckets_of(kinds), [&](const Bucket& bucket, int stage) {
+      const RuleInfo& rule = rule_info(bucket.rule);
+      const bool is_last = stage + 1 == rule.stages;
+      const int64_t bytes = moved_by(rule.stage[stage], bucket.storage) +
+                            (is_last && plan_->tables().averages() ? average(bucket.storage) : 0);
+      Moved moved;
+      for (size_t r = 0; r < kinds.size(); ++r) {
+        if (kinds[r] == bucket.rule * cpu::kStorages + bucket.storage) moved.emplace_back(r, bytes);
+      }
+      found.emplace_back(rule.name, stage, std::move(moved));
+    });
+    return found;
+  }
+
   // The bytes [begin, end) of the tables, for whoever sends them.
   void copy(int64_t to, int64_t begin, int64_t end) const {
     if (begin < 0 || end > image_.table_bytes() || begin > end) throw py::index_error("bytes");
@@ -153,6 +177,24 @@ class DevicePlan {
     request.scale = reinterpret_cast<const float*>(std::get<1>(places));
     request.found_inf = reinterpret_cast<const float*>(std::get<2>(places));
     return request;
+  }
+
+  static int64_t bytes_of_type(DataType type) { return type.bits / 8; }
+
+  // An element of every role that a stage reads, and of every one that it writes.
+  static int64_t moved_by(const RuleInfo::Stage& stage, int32_t storage) {
+    const StorageType& type = kStorageTypes[storage];
+    int64_t bytes = 0;
+    for (int role = 0; role < kMaxRoles; ++role) {
+      const int64_t times = (stage.reads >> role & 1u) + (stage.writes >> role & 1u);
+      bytes += times * bytes_of_type(role < kFirstState ? type.param : type.state);
+    }
+    return bytes;
+  }
+
+  // An average is read and written, in the type that the storage is computed in.
+  static int64_t average(int32_t storage) {
+    return 2 * std::max<int64_t>(4, bytes_of_type(kStorageTypes[storage].param));
   }
 
   void* stream() const {
@@ -213,11 +255,9 @@ class DevicePlan {
 
   void apply_all(const Tables& tables, const Request& request) {
     void* const on = stream();
-    for (const Bucket& bucket : image_.buckets()) {
-      for (int stage = 0; stage < rule_info(bucket.rule).stages; ++stage) {
-        check(cuda::apply(tables, bucket, stage, request.reduce != 0, blocks_, on));
-      }
-    }
+    each_stage(image_.buckets(), [&](const Bucket& bucket, int stage) {
+      check(cuda::apply(tables, bucket, stage, request.reduce != 0, blocks_, on));
+    });
     plan_->stepped();
   }
 
@@ -286,6 +326,7 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("apply", &DevicePlan::apply, py::arg("groups"), py::arg("state"), py::arg("numbers"),
            py::arg("number_at"), py::arg("request"), py::arg("multiplier"), py::arg("places"),
            py::arg("send"))
+      .def("launches", &DevicePlan::launches, py::arg("reduce"))
       .def("copy", &DevicePlan::copy, py::arg("to"), py::arg("begin"), py::arg("end"))
       .def("capturing", &DevicePlan::capturing)
       .def("set_counts", &DevicePlan::set_counts, py::arg("address"))
