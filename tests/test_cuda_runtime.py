@@ -41,6 +41,18 @@ int step_within(int outer, int inner) {
   const int found = step_on(inner);
   return 100 * found + fake::launch(fake::ours);
 }
+// Whether a step keeps to a context of its user's on this device, and leaves it current.
+bool keeps_own_context(int device, int stepped) {
+  int* const own = &fake::contexts[fake::kDevices + device];
+  fake::current = own;
+  bool kept;
+  {
+    const OnDevice current(stepped);
+    kept = fake::current == own;
+    fake::launch(fake::ours);
+  }
+  return kept && fake::current == own;
+}
 // What is said where the device cannot be had.
 const char* step_with(int device, int error) {
   static std::string said;
@@ -70,6 +82,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The shipped runtime.cpp and the scenes above."""
     folder = tmp_path_factory.mktemp("runtime")
     library = shared_library(SOURCE, folder, f"-I{ROOT / 'tests' / 'device' / 'runtime_fake'}")
+    library.keeps_own_context.restype = ctypes.c_bool
     library.step_with.restype = ctypes.c_char_p
     return library
 
@@ -102,6 +115,14 @@ def test_threads_that_have_no_context_step_on_one_device_after_the_other(runtime
     assert [runtime.step_on(k) for k in (3, 2, 2, 3)] == [33, 22, 22, 33]
     assert runtime.contexts() == 0b1100
     assert runtime.torchs_device() == 0
+
+
+def test_a_context_that_its_user_made_is_the_one_that_is_stepped_in(runtime):
+    runtime.begin(-1, True)
+    runtime.allocate(2)
+    assert runtime.keeps_own_context(2, 2)
+    assert not runtime.keeps_own_context(1, 2)  # of another device
+    assert runtime.contexts() == 0b100
 
 
 def test_a_driver_without_the_functions_has_its_device_set_again(tmp_path):

@@ -76,7 +76,8 @@ const CurrentContext& current_context() {
 OnDevice::OnDevice(int device) {
   const CurrentContext& current = current_context();
   is_known_ = current.get != nullptr && current.set != nullptr && current.get(&context_) == 0;
-  if (!is_known_) (void)cudaGetDevice(&device_);
+  if (cudaGetDevice(&device_) != cudaSuccess) (void)cudaGetLastError();
+  if (device_ == device) return;  // perhaps in a context of its user's, whose streams it is to have
   const cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();

@@ -26,7 +26,7 @@ class OnDevice {
  private:
   void* context_ = nullptr;  // before
   bool is_known_ = false;
-  int device_ = 0;  // before, where the context is not known
+  int device_ = -1;  // before
 };
 
 }  // namespace pyupdate::cuda

@@ -12,7 +12,8 @@
 namespace fake {
 
 inline constexpr int kDevices = 4;
-static int contexts[kDevices];  // their addresses are the contexts
+// Their addresses are the contexts: a device's own, and behind those one that its user made.
+static int contexts[2 * kDevices];
 static bool has_context[kDevices];
 static int* current = nullptr;
 struct Copy {
@@ -28,7 +29,7 @@ static void enter(int device) {
   current = &contexts[device];
 }
 static int device_of(const Copy& copy) {
-  return current == nullptr ? copy.told : static_cast<int>(current - contexts);
+  return current == nullptr ? copy.told : static_cast<int>(current - contexts) % kDevices;
 }
 static int set_device(Copy* copy, int device) {
   if (error != 0) return error;
