@@ -40,7 +40,7 @@ class LARS(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -72,6 +72,8 @@ class LARS(Planned):
             weight_decay=weight_decay,
             trust_coefficient=trust_coefficient,
         )
+        arguments.not_nan(dampening=dampening)
+        arguments.flags(nesterov=nesterov, adapt=adapt, maximize=maximize)
         if nesterov and (momentum <= 0.0 or dampening != 0.0):
             message = "nesterov needs a momentum and no dampening"
             raise ValueError(message)
@@ -108,7 +110,7 @@ class LAMB(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -139,6 +141,7 @@ class LAMB(Planned):
             lr=lr, eps=eps, weight_decay=weight_decay, max_weight_norm=max_weight_norm
         )
         arguments.decay_rates(betas)
+        arguments.flags(bias_correction=bias_correction, adapt=adapt, maximize=maximize)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -170,7 +173,7 @@ class NovoGrad(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -196,6 +199,7 @@ class NovoGrad(Planned):
     ) -> None:
         arguments.at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         arguments.decay_rates(betas)
+        arguments.flags(grad_averaging=grad_averaging, maximize=maximize)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -224,7 +228,7 @@ class StableAdamW(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -249,6 +253,7 @@ class StableAdamW(Planned):
     ) -> None:
         arguments.at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         arguments.decay_rates(betas)
+        arguments.flags(maximize=maximize)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -28,7 +28,7 @@ class Lion(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -52,6 +52,7 @@ class Lion(Planned):
     ) -> None:
         arguments.at_least_zero(lr=lr, weight_decay=weight_decay)
         arguments.decay_rates(betas)
+        arguments.flags(maximize=maximize)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, **options)
 
@@ -76,7 +77,8 @@ class AdEMAMix(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range; a warmup with a first or third beta of 0.
+        TypeError, ValueError: an argument that is no number, or out of its range; a
+            warmup with a first or third beta of 0.
 
     Example:
         >>> import torch, pyupdate
@@ -105,6 +107,7 @@ class AdEMAMix(Planned):
             lr=lr, eps=eps, weight_decay=weight_decay, alpha=alpha, warmup=warmup
         )
         arguments.decay_rates(betas, 3)
+        arguments.flags(maximize=maximize)
         if warmup > 0 and (betas[0] == 0.0 or betas[2] == 0.0):
             message = "warmup needs a first and a third beta above 0: the third grows between them"
             raise ValueError(message)
@@ -138,7 +141,7 @@ class ADOPT(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -164,6 +167,7 @@ class ADOPT(Planned):
     ) -> None:
         arguments.at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         arguments.decay_rates(betas)
+        arguments.flags(maximize=maximize)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -192,7 +196,7 @@ class Adan(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -217,6 +221,7 @@ class Adan(Planned):
     ) -> None:
         arguments.at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         arguments.decay_rates(betas, 3)
+        arguments.flags(maximize=maximize)
         defaults = {
             "lr": lr,
             "betas": betas,

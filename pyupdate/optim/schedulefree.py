@@ -48,7 +48,7 @@ class ScheduleFreeAdamW(Planned):
         **options: those of `pyupdate.options.Options`.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: an argument that is no number, or out of its range.
 
     Example:
         >>> import torch, pyupdate
@@ -86,6 +86,7 @@ class ScheduleFreeAdamW(Planned):
             weight_lr_power=weight_lr_power,
         )
         arguments.decay_rates(betas)
+        arguments.flags(maximize=maximize)
         if betas[0] == 0.0:
             message = "betas[0] must be above 0, but is 0: eval() could not find the average"
             raise ValueError(message)
