@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_N = TypeVar("_N", int, float)
 
 
 @dataclass(frozen=True)
@@ -79,27 +81,26 @@ class Options:
             bound = getattr(self, name)
             if bound is None:
                 continue
-            _check_number(name, bound, " or None")
+            bound = self._as_number(name, " or None")
             if not bound >= 0.0:
                 message = f"{name} must not be negative or nan, but is {bound}"
                 raise ValueError(message)
-        steps = self.accumulation_steps
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            message = f"accumulation_steps must be a whole number, not {type(steps).__name__}"
-            raise TypeError(message)
+        steps = self._as_whole_number("accumulation_steps")
         if steps < 1:
             message = f"accumulation_steps must be at least 1, but is {steps}"
             raise ValueError(message)
         if self.ema_decay is not None:
-            _check_number("ema_decay", self.ema_decay, " or None")
-            if not 0.0 <= self.ema_decay <= 1.0:
-                message = f"ema_decay must be from 0 to 1, but is {self.ema_decay}"
+            decay = self._as_number("ema_decay", " or None")
+            if not 0.0 <= decay <= 1.0:
+                message = f"ema_decay must be from 0 to 1, but is {decay}"
                 raise ValueError(message)
-        _check_number("norm_type", self.norm_type)
-        if self.norm_type not in (2.0, math.inf):
+        if self._as_number("norm_type") not in (2.0, math.inf):
             message = f"norm_type must be 2 or math.inf, but is {self.norm_type}"
             raise ValueError(message)
-        _check_seed(self.seed)
+        seed = self._as_whole_number("seed")
+        if not 0 <= seed < 2**63:
+            message = f"seed must be from 0 to 2**63 - 1, but is {seed}"
+            raise ValueError(message)
         for name in ("error_if_nonfinite", "skip_nonfinite", "stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 found = type(getattr(self, name)).__name__
@@ -118,11 +119,29 @@ class Options:
         fields = dataclasses.fields(self)
         return tuple(f.name for f in fields if getattr(self, f.name) != f.default)
 
+    def _as_number(self, name: str, alternative: str = "") -> float:
+        """An option as Python's number, which it becomes: numpy's are numbers too.
 
-def _check_number(name: str, value: object, alternative: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        message = f"{name} must be a number{alternative}, not {type(value).__name__}"
-        raise TypeError(message)
+        Tensors and arrays are none: an option is read once, and they could change later.
+        """
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            found = type(value).__name__
+            message = f"{name} must be a number{alternative}, not {found}: give Python's or numpy's"
+            raise TypeError(message)
+        return self._set(name, float(value))
+
+    def _as_whole_number(self, name: str) -> int:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            found = type(value).__name__
+            message = f"{name} must be a whole number, not {found}: give Python's or numpy's"
+            raise TypeError(message)
+        return self._set(name, int(value))
+
+    def _set(self, name: str, value: _N) -> _N:
+        object.__setattr__(self, name, value)  # frozen, but this is what it is made with
+        return value
 
 
 def _check_state_dtype(value: object) -> None:
@@ -135,15 +154,6 @@ def _check_state_dtype(value: object) -> None:
         raise TypeError(message)
     if value is not torch.float32:
         message = f"state_dtype must be torch.float32 or None, but is {value}"
-        raise ValueError(message)
-
-
-def _check_seed(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        message = f"seed must be a whole number, not {type(value).__name__}"
-        raise TypeError(message)
-    if not 0 <= value < 2**63:
-        message = f"seed must be from 0 to 2**63 - 1, but is {value}"
         raise ValueError(message)
 
 

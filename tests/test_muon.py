@@ -170,6 +170,19 @@ def test_flatten_trailing_takes_groups_and_refuses_vectors():
         Muon([], flatten_trailing=True)
 
 
+@pytest.mark.parametrize("flat", [{}, {"flatten_trailing": True}], ids=["torchs", "flat"])
+@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_tensor_alone_has_torchs_words(leaf, shape, flat):
+    param = nn.Parameter(torch.ones(shape))
+    said = []
+    for kind, given in ((Muon, flat), (torch.optim.Muon, {})):
+        with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts") as caught:
+            kind(param if leaf else param * 2.0, **given)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,10 +8,11 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_scaler import ADAMW, params_of, set_grads
-from ways import optimizer_of, snapshot, ways
+from ways import bits, optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.options import Options
@@ -41,18 +42,30 @@ REFUSED = [
     ("max_norm", math.nan),
     ("max_norm", "1"),
     ("max_norm", True),
+    ("max_norm", np.bool_(True)),
+    ("max_norm", np.float32(-1.0)),
+    ("max_norm", torch.tensor(1.0)),
+    ("max_norm", np.array(1.0)),
+    ("max_norm", 1j),
     ("clip_value", -1.0),
     ("clip_value", math.nan),
     ("clip_value", False),
+    ("clip_value", torch.tensor(1.0)),
     ("clip_value", (-1.0, 1.0)),
     ("accumulation_steps", 0),
     ("accumulation_steps", 2.0),
     ("accumulation_steps", True),
+    ("accumulation_steps", np.bool_(True)),
+    ("accumulation_steps", np.float64(2.0)),
+    ("accumulation_steps", np.int64(0)),
+    ("accumulation_steps", torch.tensor(2)),
     ("accumulation_steps", None),
     ("ema_decay", -0.1),
     ("ema_decay", 1.1),
     ("ema_decay", math.nan),
     ("ema_decay", True),
+    ("ema_decay", np.float32(1.1)),
+    ("ema_decay", torch.tensor(0.9)),
     ("ema_decay", "0.9"),
     ("norm_type", 1.0),
     ("norm_type", 0),
@@ -73,6 +86,7 @@ REFUSED = [
     ("seed", 2**63),
     ("seed", 1.0),
     ("seed", True),
+    ("seed", np.float64(1.0)),
 ]
 
 
@@ -126,6 +140,47 @@ def test_everything_takes_every_option_and_shows_it(taker, name):
 def test_what_is_no_value_of_an_option_is_refused_by_name(taker, name, value):
     with pytest.raises((TypeError, ValueError), match=f"^{name} must"):
         with_option(taker, **{name: value})
+
+
+NUMPYS = [
+    ("max_norm", np.float32(0.5), 0.5),
+    ("max_norm", np.float16("inf"), math.inf),
+    ("max_norm", np.int64(2), 2.0),
+    ("clip_value", np.float32(0.1), float(np.float32(0.1))),
+    ("ema_decay", np.float64(0.99), 0.99),
+    ("ema_decay", np.int8(1), 1.0),
+    ("norm_type", np.float32("inf"), math.inf),
+    ("norm_type", np.int32(2), 2.0),
+    ("accumulation_steps", np.int64(2), 2),
+    ("seed", np.uint64(2**63 - 1), 2**63 - 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "number"), NUMPYS, ids=str)
+@pytest.mark.parametrize("taker", takers()[:3], ids=lambda taker: taker.__name__)
+def test_numpys_numbers_become_pythons(taker, name, value, number):
+    found = getattr(with_option(taker, **{name: value}), name)
+    assert found == number
+    assert type(found) is type(number)
+
+
+@ways
+def test_a_step_with_numpys_numbers_is_that_with_pythons(way, backend):
+    given = {"max_norm": 0.25, "clip_value": 0.125, "ema_decay": 0.5, "accumulation_steps": 2}
+    numpys = {
+        n: (np.int64 if n == "accumulation_steps" else np.float32)(v) for n, v in given.items()
+    }
+    found = []
+    for options in (given, numpys):
+        params = params_of()
+        optimizer: Any = optimizer_of(way, ADAMW, params, **options)
+        set_grads(params, 0, 1.0)
+        for _ in range(4):
+            optimizer.step()
+        averages = [optimizer.state[param]["ema"] for param in params if param in optimizer.state]
+        found.append([bits(tensor) for tensor in (*params, *averages)])
+    assert found[0] == found[1]
+    assert found[0] != [bits(tensor) for tensor in params_of()]
 
 
 def test_options_that_need_or_exclude_another_one():

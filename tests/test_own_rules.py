@@ -357,3 +357,14 @@ def test_a_rule_that_nobody_compiled_says_so_once(compiled, caplog):
 def taken_by_the_log(param, grad, lr):
     param = param - lr * grad
     return param
+
+
+def test_numpys_numbers_are_numbers():
+    found = []
+    for lr in (0.25, np.float32(0.25), np.float64(0.25)):
+        param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = from_rule(descent)([param], lr=lr)
+        param.grad = torch.tensor([2.0, 1.0])
+        optimizer.step()
+        found.append(param.tolist())
+    assert found == [[0.5, -2.25]] * 3

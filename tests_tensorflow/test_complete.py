@@ -259,6 +259,10 @@ def test_what_build_takes_and_refuses() -> None:
     assert model.model_name == "one"
     pyupdate.build(model, keras.optimizers.Lion)
     assert (type(model.current_optimizer), model.model_name) == (keras.optimizers.Lion, "one")
+    numpys = {"max_norm": np.float32(0.5), "accumulation_steps": np.int64(2)}
+    pyupdate.build(model, "sgd", learning_rate=0.5, **numpys)
+    assert model.update_options.asked_for == ("max_norm", "accumulation_steps")
+    assert type(model.update_options.max_norm) is float
     made = pyupdate.build(network, lambda: keras.optimizers.SGD(0.5))
     assert made.model_name.startswith("Sequential")
     update(made)
@@ -266,6 +270,8 @@ def test_what_build_takes_and_refuses() -> None:
     for optimizer, given, error, words in (
         ("no such", {}, ValueError, "is unknown: give one of 'adadelta'"),
         ("adam", {"seed": 3}, ValueError, "seed is PyTorch's"),
+        ("adam", {"max_norm": tf.constant(1.0)}, TypeError, "max_norm must be a number or None"),
+        ("adam", {"ema_decay": True}, TypeError, "ema_decay must be a number or None"),
         ("adam", {"in_backward": True}, ValueError, "in_backward is PyTorch's"),
         (3, {}, ValueError, "optimizer is a int"),
         (dict, {}, ValueError, "returned a dict"),

@@ -220,7 +220,7 @@ class Muon(Planned, torch.optim.Muon):
     def __init__(
         self, params: Any, *args: Any, flatten_trailing: bool = False, **kwargs: Any
     ) -> None:
-        if not flatten_trailing:
+        if not flatten_trailing or isinstance(params, Tensor):  # a tensor alone torch refuses
             super().__init__(params, *args, **kwargs)
             return
         # Torch's constructor looks at the shapes; ours, in add_param_group, at what we take.

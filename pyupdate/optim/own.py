@@ -6,6 +6,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 import math
+import numbers
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,7 @@ class RuleOptimizer(Planned, metaclass=_MadeOfRules):
         if value is None:
             message = f"{what} has no default: give {name}=..., or defaults in pyupdate.rule"
             raise TypeError(message)
-        if not isinstance(value, int | float | torch.Tensor):
+        if not isinstance(value, numbers.Real | torch.Tensor):
             message = f"{what} must be a number, but is {value!r}"
             raise TypeError(message)
         if isinstance(value, torch.Tensor) and value.numel() != 1:
