@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import groupby
 from typing import Any, Self
 
+from .eagerly import eagerly
+
 
 class Waiting(ABC):
     """An update that waits: called, it is made. A class knows how to make several."""
@@ -29,6 +31,7 @@ class Waiting(ABC):
             yield update
 
 
+@eagerly
 def drain(deferred: MutableMapping[str, list[Callable[[], None]]]) -> None:
     """Make every update that waits in a deferred dict, and take it out.
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from . import frameworks
+from .eagerly import eagerly
 
 if TYPE_CHECKING:
     import keras
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Deferred = MutableMapping[str, list[Callable[[], None]]]
 
 
+@eagerly
 def update_model(
     model: torch.nn.Module | keras.Model,
     loss: torch.Tensor | tf.Tensor,
@@ -151,6 +153,7 @@ def averaged_weights(
     return swapped_in
 
 
+@eagerly
 def last_update(
     model_or_optimizer: torch.nn.Module | torch.optim.Optimizer | keras.Model | keras.Optimizer,
 ) -> LastUpdate | None:

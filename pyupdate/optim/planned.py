@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.optim import Optimizer
 
 from .. import amp
+from ..eagerly import eagerly
 from ..kernels.language import Rule
 from ..options import PARAMETERS, LastUpdate, Options
 from ..pytorch import accumulation, state
@@ -89,6 +90,7 @@ class Planned(Optimizer):
         shown = [*(p for p in own if p not in rest), *PARAMETERS, *rest]
         cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
 
+    @eagerly
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -129,6 +131,7 @@ class Planned(Optimizer):
             return self._differentiable_step(closure, grad_scaler)
         return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
 
+    @eagerly
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; inside a window of ``accumulation_steps`` they are kept.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..eagerly import eagerly
 from ..kernels import rules
 from ..kernels.language import Rule
 from ..pytorch import checks
@@ -103,11 +104,13 @@ class ScheduleFreeAdamW(Planned):
         }
         super().__init__(params, defaults, **options)
 
+    @eagerly
     @torch.no_grad()
     def eval(self) -> None:
         """Make the parameters the average: x = y + (z - y)(1 - 1/b1)."""
         self._move(to_training=False)
 
+    @eagerly
     @torch.no_grad()
     def train(self) -> None:
         """Make the parameters the point of training again: y = x + (z - x)(1 - b1)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyupdate.draining import Waiting
 from pyupdate.names import name_of
 
+from ..eagerly import eagerly
 from ..remembered import Remembered
 from . import accumulation, apply, gradients, step
 
@@ -47,6 +48,7 @@ class DeferredUpdate(Waiting):
     def __repr__(self) -> str:
         return f"<deferred update of '{name_of(self.model)}'>"
 
+    @eagerly
     def __call__(self) -> None:
         """Make one step on the gradients that wait; nothing where none do.
 
