@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pytorch-optimizer as the truth of the elementwise rules that torch has not.
+"""pytorch-optimizer as the truth of the rules that torch has not.
 
 Where it leaves the papers, it is led back: `maximize` turns the gradient before the step (its Adan
 takes the first difference from the unturned one); ADOPT's first step only begins the second moment,
 so nothing decays, and its clip counts from the second step, as in the authors' code. Adan's
 previous gradient, which it keeps negated, is shown with its own sign.
+
+Of the rules with norms, and ScheduleFree, arguments alone make it ours (`peer_of_class`):
+  - LARS: it scales and decays matrices only; a vector steps as ours with ``adapt=False``.
+  - LAMB: its moments are not corrected (without `adam_debias` it divides the step by the first
+    one's correction alone), a weight counts with a norm of at most 10, and eps joins the norm of
+    the direction, too. So with ``bias_correction=False, max_weight_norm=10, eps=0``, or
+    ``adapt=False``; no arguments give LAMB with both corrections, which is held by hand and by
+    formula (test_layerwise.py).
+  - NovoGrad, StableAdamW: their defaults.
+  - ScheduleFreeAdamW: 1e-15 joins the second moment under its root, which a gradient far from zero
+    does not feel.
 """
 
 from __future__ import annotations
@@ -51,3 +62,29 @@ def peer(name: str, params: Sequence[torch.Tensor], options: dict[str, Any]) -> 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(negate)
     return optimizer
+
+
+def peer_of_class(name: str, params: Sequence[torch.Tensor], options: dict[str, Any]) -> Any:
+    """The peer's optimizer for one of our classes, made from our options.
+
+    Raises:
+        ValueError: none of its arguments give what ours does with these.
+    """
+    import pytorch_optimizer
+
+    given = dict(options)
+    if name == "LAMB":
+        adapts = given.pop("adapt", True)
+        if given.pop("bias_correction", True) or (adapts and given["eps"] != 0.0):
+            message = "pytorch-optimizer's Lamb corrects no second moment and has eps in its ratio"
+            raise ValueError(message)
+        if given.pop("max_weight_norm", 10.0) != 10.0:
+            message = "pytorch-optimizer's Lamb counts norms up to 10"
+            raise ValueError(message)
+        given |= {"weight_decouple": False, "adam_debias": True, "adam": not adapts}
+    kind: Any = getattr(pytorch_optimizer, "Lamb" if name == "LAMB" else name)
+    return kind(params, **given, foreach=False)
+
+
+STATE_OF_PEERS = {"second_moment": "grads_ema", "exp_avg": "moments"}
+"""By our key what NovoGrad's state is called there."""
