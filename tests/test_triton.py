@@ -23,6 +23,8 @@ pytest.importorskip("triton", reason="triton is not installed (make check-device
 
 from device.triton_backend import triton_backend
 from triton_training import (
+    ALL_OPTIONS,
+    OPTIONS,
     OTHER_CAPABILITIES,
     RULES,
     assert_alike,
@@ -61,13 +63,6 @@ def test_halves_with_state_in_float32(rule, dtype, compiled):
 def test_other_architectures(rule, capability, compiled):
     norm = {"max_norm": 1.0} if rule == "adamw" else {}
     check(rule, [torch.bfloat16], capability=capability, sizes=(70, 16_385), **norm)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", (90, *OTHER_CAPABILITIES))
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_on_every_architecture(rule, capability, compiled):
-    check(rule, DTYPES, capability=capability, order=11, max_norm=1.0)
 
 
 def test_muon(compiled):
@@ -114,29 +109,10 @@ def test_a_rule_of_the_user(dtype):
 
 # ----- options ------------------------------------------------------------------------------------
 
-ALL_OPTIONS = {"max_norm": 1.0, "clip_value": 0.01, "ema_decay": 0.75, "stochastic_rounding": True}
-OPTIONS: dict[str, tuple[tuple[torch.dtype, ...], dict[str, Any]]] = {
-    "max_norm": ((torch.float32, torch.float64), {"max_norm": 1.0}),
-    "inf norm": ((torch.bfloat16,), {"max_norm": 0.5, "norm_type": math.inf}),
-    "clip_value": ((torch.float32,), {"clip_value": 0.1}),
-    "average": ((torch.bfloat16, torch.float64), {"ema_decay": 0.75}),
-    "by chance": (
-        (torch.bfloat16, torch.float16),
-        {"stochastic_rounding": True, "seed": 2**62 + 5},
-    ),
-    "all": ((torch.float16,), ALL_OPTIONS | {"maximize": True}),
-}
-
 
 @pytest.mark.parametrize(("dtypes", "options"), OPTIONS.values(), ids=OPTIONS)
 def test_options(dtypes, options, compiled):
     check("adamw", dtypes, sizes=(1, 70, 2049, 16_385), **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [o for _, o in OPTIONS.values()], ids=OPTIONS)
-def test_options_in_every_storage(options, compiled):
-    check("adamw", DTYPES, sizes=(1, 70, 2049, 16_385), **options)
 
 
 def test_options_of_a_rule_of_two_stages(compiled):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,19 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "stable_adamw": ("StableAdamW", {"lr": 0.01, "weight_decay": 0.1}),
 }
 OTHER_CAPABILITIES = (80, 100, 120)
+
+ALL_OPTIONS = {"max_norm": 1.0, "clip_value": 0.01, "ema_decay": 0.75, "stochastic_rounding": True}
+OPTIONS: dict[str, tuple[tuple[torch.dtype, ...], dict[str, Any]]] = {
+    "max_norm": ((torch.float32, torch.float64), {"max_norm": 1.0}),
+    "inf norm": ((torch.bfloat16,), {"max_norm": 0.5, "norm_type": math.inf}),
+    "clip_value": ((torch.float32,), {"clip_value": 0.1}),
+    "average": ((torch.bfloat16, torch.float64), {"ema_decay": 0.75}),
+    "by chance": (
+        (torch.bfloat16, torch.float16),
+        {"stochastic_rounding": True, "seed": 2**62 + 5},
+    ),
+    "all": ((torch.float16,), ALL_OPTIONS | {"maximize": True}),
+}
 
 Made = tuple[list[torch.Tensor], list[dict[str, Any]], list[Any]]
 
