@@ -171,6 +171,8 @@ def test_what_keras_and_the_rules_have_is_not_asked_about(monkeypatch: pytest.Mo
         raise AssertionError
 
     monkeypatch.setattr("pyupdate.tensorflow.xla.asked", asked)
+    monkeypatch.setattr("pyupdate.tensorflow.order.LARGE", 1)
+    monkeypatch.setattr("pyupdate.tensorflow.order.AHEAD", 1)
     schedules = keras.optimizers.schedules
     kinds = [kind for kind in vars(keras.optimizers).values() if isinstance(kind, type)]
     kinds = [kind for kind in kinds if issubclass(kind, keras.optimizers.Optimizer)]

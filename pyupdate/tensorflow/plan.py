@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import loss_scale, measure, native, optimizers, rates, told, xla
+from . import loss_scale, measure, native, optimizers, order, rates, told, xla
 from .halves import Halves
 from .state import Kept
 
@@ -138,8 +138,7 @@ class Plan:
     def _whole_function(self, inputs: Sequence[Any]) -> Traced:
         if self.measures or self.accumulates or self.scale is not None:
             return self._function("whole", self._step, inputs)
-        # nothing to do outside of XLA: one function, not two
-        return self._function("whole", self._only_apply, inputs, jit=True)
+        return self._function("whole", self._only_apply, inputs, jit=True)  # one function, not two
 
     def _function(
         self, name: str, text: Callable[..., Any], inputs: Sequence[Any], *, jit: bool = False
@@ -356,7 +355,8 @@ class Plan:
 
     def _apply_as_it_is(self, optimizer: Any, grads: list[Any]) -> None:
         given = optimizers.as_given(optimizer, self.clips.replaced)
-        with given, self.halves.as_excluded(optimizer):
+        ordered = order.kept(optimizer, self._jits and _on_cpu(self.variables))
+        with given, self.halves.as_excluded(optimizer), ordered:
             optimizers.apply(optimizer, grads, self.targets)
         self.halves.narrow()
         if self.options.ema_decay is not None:

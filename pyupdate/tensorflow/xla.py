@@ -20,16 +20,20 @@ from typing import Any
 import tensorflow as tf
 
 _PLAIN = """
-    Abs AddN AddV2 AssignAddVariableOp AssignSubVariableOp AssignVariableOp Cast Ceil Const Cos
+    Abs AddN AddV2 AssignAddVariableOp AssignSubVariableOp AssignVariableOp Bitcast BitwiseOr Cast
+    Ceil Const Cos
     Equal Exp Floor FloorDiv FloorMod Greater GreaterEqual Identity IdentityN If IsFinite Less
     LessEqual Log LogicalAnd LogicalNot LogicalOr MatMul Maximum Minimum Mul Neg NoOp NotEqual Pack
-    PartitionedCall Placeholder Pow ReadVariableOp RealDiv Round Rsqrt Select SelectV2 Sign Sin
-    Sqrt Square StatefulPartitionedCall StatelessIf Sub Tanh
+    PartitionedCall Placeholder Pow ReadVariableOp RealDiv RightShift Round Rsqrt Select SelectV2
+    Sign Sin Sqrt Square StatefulPartitionedCall StatelessIf Sub Tanh
 """
 PLAIN = frozenset(_PLAIN.split())
 """What XLA compiles for numbers of any shape and type that an optimizer has."""
-CONSTANT = {"ExpandDims": 1, "Fill": 0, "Mean": 1, "Sum": 1, "Transpose": 1}
-"""Likewise, if the input of this number, a shape or axes, is written in the program."""
+CONSTANT = {
+    **{"ExpandDims": (1,), "Fill": (0,), "Mean": (1,), "Reshape": (1,), "StridedSlice": (1, 2, 3)},
+    **{"Sum": (1,), "Transpose": (1,)},
+}
+"""Likewise, if the inputs of these numbers, shapes or axes, are written in the program."""
 
 
 def refused(made: Any, specs: list[Any], concrete: Any) -> str:
@@ -83,8 +87,8 @@ def _nodes(graph: Any) -> tuple[list[Any], list[dict[str, str]]]:
 def _is_plain(node: Any, beside: dict[str, str]) -> bool:
     if any(tf.string.as_datatype_enum in kinds for kinds in map(_dtypes, node.attr.values())):
         return False
-    if (number := CONSTANT.get(node.op)) is not None:
-        return beside.get(node.input[number].partition(":")[0]) == "Const"
+    if (numbers := CONSTANT.get(node.op)) is not None:
+        return all(beside.get(node.input[n].partition(":")[0]) == "Const" for n in numbers)
     return node.op in PLAIN
 
 
