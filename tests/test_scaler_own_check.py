@@ -20,12 +20,13 @@ from torch import nn
 
 import pyupdate
 from pyupdate import drain, last_update, update_model
+from pyupdate.pytorch.step import engine_of
 
 SCALE = 2.0**7
 RANKS = 2
 WATCHDOG = 120.0  # seconds
 WAYS = ("scaler.step", "update_model", "drain", "window")
-KINDS = ("ours", "accelerated", "stock")
+KINDS = ("ours", "accelerated", "stock", "subclass")
 distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch has no distributed"
 )
@@ -66,12 +67,37 @@ class OwnDecision(torch.amp.GradScaler):
         return super()._maybe_opt_step(optimizer, state, *args, **kwargs)
 
 
+class OwnStep(pyupdate.optim.AdamW):
+    """A user's class, whose step takes no scaler."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+class OwnStepAgain(OwnStep):
+    def step(self, *args: Any, **kwargs: Any):
+        return super().step(*args, **kwargs)
+
+
+class EverySecond(pyupdate.optim.AdamW):
+    calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        return super().step(closure) if self.calls % 2 == 0 else None
+
+
 SCALERS = [OwnUnscale, OwnGrads, OwnDecision]
 
 
 def optimizer_of(kind: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     if kind == "ours":
         return pyupdate.optim.AdamW(params, lr=0.1, **options)
+    if kind == "subclass":
+        return OwnStepAgain(params, lr=0.1, **options)
     stock = torch.optim.AdamW(params, lr=0.1, foreach=False)
     return pyupdate.accelerate(stock, **options) if kind == "accelerated" else stock
 
@@ -201,6 +227,61 @@ def test_no_gradients_are_no_step_and_no_failure(backend):
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == SCALE
+
+
+# ----- a user's class -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [torch.amp.GradScaler, *SCALERS])
+def test_a_step_of_ones_own_has_the_bits_of_ours(make, backend):
+    models = [model_of(kind, max_norm=0.01) for kind in ("subclass", "ours")]
+    for seed in range(4):
+        for model in models:
+            scaler = make("cpu", init_scale=SCALE)
+            iterate(model, scaler, "scaler.step", seed, float("inf") if seed == 2 else 1.0)
+            scaler.update()
+        first, second = (last_update(model) for model in models)
+        assert first is not None and repr(first) == repr(second)  # a norm may be nan
+        assert first.skipped is (seed == 2)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_same_bits(one, other, "a step of one's own")
+    assert models[0].current_optimizer.steps == 4
+
+
+def test_torchs_own_pass_does_not_run_for_a_step_of_ones_own(backend, monkeypatch):
+    model = model_of("subclass")
+    passes: list[Any] = []
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "_unscale_grads_", lambda *args: passes.append(args) or {}
+    )
+    iterate(model, torch.amp.GradScaler("cpu", init_scale=SCALE), "scaler.step", 0, 1.0)
+    assert not passes
+    assert engine_of(model.current_optimizer).handed is None
+
+
+def test_a_step_that_is_left_out_is_no_failure_with_torchs_scaler(backend):
+    param = nn.Parameter(torch.ones(2))
+    optimizer = EverySecond([param], lr=0.1)
+    for factor, scale in ((1.0, SCALE), (1.0, SCALE), (float("inf"), SCALE / 2)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        optimizer.zero_grad()
+        scaler.scale((param * factor).sum()).backward()
+        before = param.tolist()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale
+        assert (param.tolist() != before) is (optimizer.calls == 2)
+
+
+def test_a_step_that_is_left_out_is_refused_where_ranks_could_part(backend):
+    param = nn.Parameter(torch.ones(2))
+    optimizer = EverySecond([param], lr=0.1)
+    scaler = OwnUnscale("cpu", init_scale=SCALE)
+    scaler.scale(param.sum()).backward()
+    with pytest.raises(RuntimeError, match=r"EverySecond did not call super\(\).step\(\)"):
+        scaler.step(optimizer)
+    assert engine_of(optimizer).handed is None
+    assert param.tolist() == [1.0, 1.0]
 
 
 # ----- two processes ------------------------------------------------------------------------------

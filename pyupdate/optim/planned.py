@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -82,13 +83,20 @@ class Planned(Optimizer):
             inner[key] = value
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let ``help`` show the constructor of the class below with the options behind it."""
+        """Let ``help`` show the constructor of the class below with the options behind it.
+
+        And let its own ``step`` be handed a scaler: one that finds inf and nan in a way of its own,
+        and agrees with other processes on them, would not be asked otherwise.
+        """
         super().__init_subclass__(**kwargs)
         below: Any = cls.__dict__.get("__init__") or super().__init__
         own = [p for p in inspect.signature(below).parameters.values() if p.name != "self"]
         rest = [p for p in own if p.kind is p.VAR_KEYWORD]
         shown = [*(p for p in own if p not in rest), *PARAMETERS, *rest]
         cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        step: Any = cls.__dict__.get("step")
+        if step is not None and "grad_scaler" not in inspect.signature(step).parameters:
+            cls.step = _taking_a_scaler(step)  # type: ignore[method-assign]
 
     @eagerly
     def step(
@@ -111,6 +119,9 @@ class Planned(Optimizer):
             TypeError, ValueError: something is refused; nothing was written.
             RuntimeError: a second step before ``scaler.update()``.
         """
+        known = engine.engine_of(self)
+        if known.handed is not None:
+            grad_scaler, known.handed = known.handed, None
         window = accumulation.window_of(self)
         if window is not None and not engine.is_differentiable(self):
             return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
@@ -195,6 +206,42 @@ class Planned(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         accumulation.close_without_gradients(self)  # torch copies and pickles parameters without
+
+
+def _taking_a_scaler(own_step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that takes no scaler, as one that takes it and leaves it to ours, which it calls."""
+
+    @functools.wraps(own_step)
+    def step(self: Planned, *args: Any, grad_scaler: Any = None, **kwargs: Any) -> Any:
+        if grad_scaler is None:
+            return own_step(self, *args, **kwargs)
+        known = engine.engine_of(self)
+        known.handed = grad_scaler
+        try:
+            done = own_step(self, *args, **kwargs)
+            if known.handed is not None:  # it made no step, and update() wants to hear something
+                _check_may_pass(self, grad_scaler)
+                amp.tell_what_is_found(grad_scaler, self)
+        finally:
+            known.handed = None
+        return done
+
+    shown = inspect.signature(own_step)
+    rest = [p for p in shown.parameters.values() if p.kind is p.VAR_KEYWORD]
+    taken = [p for p in shown.parameters.values() if p not in rest]
+    scaler = inspect.Parameter("grad_scaler", inspect.Parameter.KEYWORD_ONLY, default=None)
+    step.__signature__ = shown.replace(parameters=[*taken, scaler, *rest])  # type: ignore[attr-defined]
+    return step
+
+
+def _check_may_pass(optimizer: Optimizer, scaler: Any) -> None:
+    if amp.has_own_check(scaler):
+        message = (
+            f"the step of {type(optimizer).__name__} did not call super().step(), which asks the "
+            f"{type(scaler).__name__} what it has found, and agrees with other processes on it: "
+            "call it, or do not call scaler.step() where no step is to be made"
+        )
+        raise RuntimeError(message)
 
 
 def _stock_step(optimizer: Optimizer) -> Callable[..., Any]:

@@ -52,6 +52,8 @@ class Engine:
     """By the id of a group: the gradients of its last micro-batch (`counted.Counted`), if known."""
     known: Any = None
     """Of an optimizer with memory that no plan sees: what its `check` keeps, and its `finish`."""
+    handed: Any = None
+    """The scaler whose ``scaler.step`` runs, of an optimizer whose own step does not take it."""
     swapped: bool = False
     """Whether the parameters hold their averages, so that no step may be made."""
     lock: threading.Lock = field(default_factory=threading.Lock)
