@@ -13,7 +13,7 @@ import pytest
 tf = pytest.importorskip("tensorflow", reason="tensorflow is not installed: pyupdate[tensorflow]")
 
 import keras
-from training import AdamByHand, ways
+from training import AdamByHand, Known, give, ways
 
 import pyupdate
 
@@ -175,3 +175,16 @@ def test_a_multi_optimizer_that_keras_has_built() -> None:
             loss = model(tf.constant([[-2.0, 2.0, 0.0]]))
         pyupdate.update_model(model, loss, tape=tape)
     assert np.float32(model.weights[0].numpy()).ravel().tolist() == [1.015625, -2.015625, 0.75]
+
+
+def test_an_optimizer_of_two_models_that_keras_has_built() -> None:
+    """The first model to be stepped has no variable in half precision."""
+    whole, half = Known([[1.0]]), Known([[1.0]], "bfloat16")
+    optimizer = keras.optimizers.SGD(2.0**-10)
+    optimizer.build([*whole.trainable_variables, *half.trainable_variables])
+    for model in (whole, half):
+        model.current_optimizer = optimizer
+        for _ in range(8):  # a quarter of bfloat16's unit of 1 each, upwards
+            give(model, [-2.0])
+    assert float(whole.held[0].numpy()[0]) == 1.0 + 2.0**-6
+    assert float(half.held[0].numpy()[0]) == 1.0 + 2.0**-6

@@ -77,6 +77,10 @@ def make_state(
     each = zip(model_variables, variables, strict=True)
     halves = [v for v, variable in each if variable.dtype.size == 2]
     if optimizers.is_built(optimizer):
+        if optimizers.home(optimizer) == "keras":  # of another model too, whose turn comes later
+            stepped = [v for one in _lists(optimizer) for v in one._trainable_variables]
+            held = {id(optimizers.tf_variable(v)): v for v in stepped if _is_half(v)}
+            halves = list(held.values())
         _copies[optimizer] = _taken_over(optimizer, halves, name) if halves else []
         return
     with tf.init_scope():
@@ -87,6 +91,10 @@ def make_state(
     if copies:
         _restore(optimizer, waiting, copies)
     _copies[optimizer] = _pairs(halves, copies)
+
+
+def _is_half(variable: Any) -> bool:
+    return optimizers.tf_variable(variable).dtype in (tf.bfloat16, tf.float16)
 
 
 def _pairs(halves: Sequence[Any], copies: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -130,20 +138,20 @@ def _taken_over(optimizer: Any, halves: Sequence[Any], name: str) -> list[tuple[
         )
         return []
     lists = _lists(optimizer)
-    known = [v for v in halves if any(_key(one, v) is not None for one in lists)]
     with tf.init_scope():
-        copies = [_copy(v) for v in known]
+        copies = [_copy(v) for v in halves]
         for state in optimizer.variables:
-            if state.value.dtype in (tf.bfloat16, tf.float16):
+            if _is_half(state):
                 wide = _copy(state)
                 state._value, state._dtype = wide.value, wide.dtype
-    by_id = {id(half): copy for half, copy in zip(known, copies, strict=True)}
+    by_id = {id(optimizers.tf_variable(v)): c for v, c in zip(halves, copies, strict=True)}
     for one in lists:
-        for half, copy in zip(known, copies, strict=True):
+        for half, copy in zip(halves, copies, strict=True):
             for places in (one._trainable_variables_indices, *_chosen(one)):
                 if (place := places.pop(one._var_key(half), None)) is not None:
                     places[one._var_key(copy)] = place
-        one._trainable_variables = [by_id.get(id(v), v) for v in one._trainable_variables]
+        each = one._trainable_variables
+        one._trainable_variables = [by_id.get(id(optimizers.tf_variable(v)), v) for v in each]
     _log.warning(
         "the optimizer of '%s' was built by Keras, with state in %s: it goes on in float32 from "
         "what was rounded so; to keep every bit, let pyupdate.build make it, and a "
@@ -151,11 +159,7 @@ def _taken_over(optimizer: Any, halves: Sequence[Any], name: str) -> list[tuple[
         name,
         kind,
     )
-    return _pairs(known, copies)
-
-
-def _key(one: Any, variable: Any) -> Any:
-    return one._trainable_variables_indices.get(one._var_key(variable))
+    return _pairs(halves, copies)
 
 
 def _chosen(one: Any) -> tuple[dict[Any, int], ...]:
