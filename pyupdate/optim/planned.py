@@ -90,7 +90,7 @@ class Planned(Optimizer):
         """
         super().__init_subclass__(**kwargs)
         below: Any = cls.__dict__.get("__init__") or super().__init__
-        own = [p for p in inspect.signature(below).parameters.values() if p.name != "self"]
+        own = _with_those_below(cls, inspect.signature(below))
         rest = [p for p in own if p.kind is p.VAR_KEYWORD]
         shown = [*(p for p in own if p not in rest), *PARAMETERS, *rest]
         cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
@@ -206,6 +206,22 @@ class Planned(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         accumulation.close_without_gradients(self)  # torch copies and pickles parameters without
+
+
+def _with_those_below(cls: type[Planned], shown: inspect.Signature) -> list[inspect.Parameter]:
+    """A constructor's parameters; in the place of ``*args, **kwargs`` torch's, which get those."""
+    own = [p for p in shown.parameters.values() if p.name != "self"]
+    variable = [p for p in own if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    below = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
+    if len(variable) != 2 or below is Optimizer:
+        return own
+    theirs = [*inspect.signature(below).parameters.values()]
+    first = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if [p.name for p in first] != [p.name for p in theirs[: len(first)]]:
+        return own
+    named = [p for p in own if p.kind is p.KEYWORD_ONLY]
+    taken = {p.name for p in named}
+    return [*(p for p in theirs if p.name not in taken), *named]
 
 
 def _taking_a_scaler(own_step: Callable[..., Any]) -> Callable[..., Any]:
