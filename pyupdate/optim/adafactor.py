@@ -271,9 +271,10 @@ class Adafactor(Planned, torch.optim.Adafactor):
 
     Of a parameter of two and more dimensions the state is a number a row and one a column, so it
     takes next to no memory. Small parameters are stepped together, on a CPU whatever their shapes,
-    large ones where they lie, in blocks of 2^20 elements; a step reads and writes each parameter a
-    constant number of times, and takes the sums of its rows and columns. Three such blocks are kept
-    between steps, and of what is small as much as it has of state.
+    large ones where they lie, in blocks of 2^20 elements. A step takes each gradient and parameter
+    once (of several blocks three times and twice) and stores the parameter once, whatever their
+    number, and takes the sums of its rows and columns. Three such blocks are kept between steps,
+    and of what is small as much as it has of state.
 
     ``ema_decay`` and ``stochastic_rounding`` cannot be had. A failure for want of memory may leave
     a step counted, or an average moved, whose move was not made. ``eps=(None, ...)`` means the

@@ -8,8 +8,10 @@ of rows and columns and the size:
     2. s = max(root of row x root of column, eps1), or max(sqrt(V), eps1)    u = g / s; norm of u
     3. p <- p decay - u size
 
-Where a parameter is more than one block, u is made twice. Every elementwise operation is rounded
-once; sums are outside of the numeric contract: torch and numpy add up in their own order.
+So a step takes each gradient and parameter once and stores the parameter once, however many there
+are. Where a parameter is more than one block, u is made twice: the gradient is taken three times,
+the parameter twice. Every elementwise operation is rounded once; sums are outside of the numeric
+contract: torch and numpy add up in their own order.
 """
 
 from __future__ import annotations

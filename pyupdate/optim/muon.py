@@ -194,10 +194,12 @@ def _number(value: float, like: Tensor) -> Tensor:
 class Muon(Planned, torch.optim.Muon):
     """``torch.optim.Muon``; every parameter is a matrix.
 
-    Besides the pass of the momentum, a step reads and writes each parameter a constant number of
-    times, whatever the number of tensors, and makes one batch of products for all matrices of a
-    shape. Torch 2.13 spoils the momentum of bfloat16 parameters without Nesterov, which it divides
-    by its norm in place; here it stays a moving average.
+    Besides the pass of the momentum, a step reads each momentum, each parameter and, with Nesterov,
+    each gradient once, writes each parameter once and makes 17 copies in between (8 without
+    Nesterov), whatever the number of tensors; and ``3 * ns_steps`` batches of products for all
+    matrices of a shape (of at most 2^25 elements together). Torch 2.13 spoils the momentum of
+    bfloat16 parameters without Nesterov, which it divides by its norm in place; here it stays a
+    moving average.
 
     ``ema_decay`` cannot be had. A failure for want of memory may leave the momentum of a step in
     place whose move was not made.
