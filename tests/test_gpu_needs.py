@@ -255,3 +255,11 @@ def test_kernels_name_what_triton_3_6_has():
     has = set(TRITON_3_6.split())
     assert ("triton_passes.py", "load") in named
     assert not {each for each in named if each[1] not in has}
+
+
+def test_every_test_that_the_documentation_names_is_there():
+    text = (ROOT / "docs" / "gpu_suite.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", text)
+    assert len(named) >= 15
+    for file, test in named:
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
