@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 import pyupdate
 from pyupdate import backends, info
-from pyupdate.bench import timing, watch
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -130,20 +129,6 @@ def steps(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callabl
     return made
 
 
-def timed(contestants: dict[str, Callable[[], object]]) -> tuple[dict[str, float], str | None]:
-    """The times of a step, and what the machine did meanwhile that they say little for."""
-    gauge = watch.Gauge()
-    before, taken = gauge.read(), timing.others()
-    times = handwritten.step_times(contestants)
-    others = taken()
-    moved = timing.moved(before, gauge.read())
-    if not timing.disturbed({"moved": moved, "others": others}):
-        return times, None
-    if others is not None and others > timing.OTHERS:
-        return times, f"others took {100.0 * others:.0f} % of the processors meanwhile"
-    return times, f"the speed of memory changed by {100.0 * moved:.0f} % meanwhile"
-
-
 def where_it_runs() -> str:
     name = backends.backend_for("cpu").name
     if name == "cpu":
@@ -200,7 +185,7 @@ def main() -> int:
     )
     print(f"time of one optimizer step on this model, median, threads: {threads}")
     contestants = steps(model, test[0][:BATCH], test[1][:BATCH])
-    handwritten.report_times(*timed(contestants))
+    handwritten.report_times(*handwritten.timed(contestants))
     return handwritten.verdict("torch", reached, one_step)
 
 

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from types import TracebackType
 
 import numpy as np
@@ -81,6 +82,27 @@ def step_times(contestants: Mapping[str, Callable[[], object]]) -> dict[str, flo
         if time.perf_counter() > end and turn >= 2 * WARM:
             break
     return {name: 1e6 * statistics.median(values[WARM:]) for name, values in times.items()}
+
+
+def timed(contestants: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float], str | None]:
+    """The times of a step, and what the machine did meanwhile that they say little for.
+
+    The gauge is torch's; where only TensorFlow is installed, nobody looks.
+    """
+    if find_spec("torch") is None:
+        return step_times(contestants), None
+    from pyupdate.bench import timing, watch
+
+    gauge = watch.Gauge()
+    before, taken = gauge.read(), timing.others()
+    times = step_times(contestants)
+    others = taken()
+    moved = timing.moved(before, gauge.read())
+    if not timing.disturbed({"moved": moved, "others": others}):
+        return times, None
+    if others is not None and others > timing.OTHERS:
+        return times, f"others took {100.0 * others:.0f} % of the processors meanwhile"
+    return times, f"the speed of memory changed by {100.0 * moved:.0f} % meanwhile"
 
 
 def report(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo says where its times were taken on a machine that others used."""
+"""The demos say where its times were taken on a machine that others used."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_disturbed_measurement_is_called_one_on_its_line(
 ) -> None:
     _set_machine(monkeypatch, others, 1.0, 1.0, last)  # the first is the gauge's own
     contestants = {"pyupdate": lambda: None, "torch": lambda: torch.ones(1000).sum()}
-    digits.handwritten.report_times(*digits.timed(contestants))
+    digits.handwritten.report_times(*digits.handwritten.timed(contestants))
     ours, theirs = capsys.readouterr().out.splitlines()
     assert "says little" not in ours
     assert " x" in theirs
@@ -61,3 +61,13 @@ def test_a_disturbed_measurement_is_called_one_on_its_line(
         assert "says little" not in theirs
     else:
         assert f"(says little: {said} meanwhile)" in theirs
+
+
+def test_without_torch_nobody_looks(
+    digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _set_machine(monkeypatch, 0.6, 1.0, 1.0, 2.0)
+    monkeypatch.setattr(digits.handwritten, "find_spec", lambda name: None)
+    contestants = {"pyupdate": lambda: None, "Keras": lambda: torch.ones(1000).sum()}
+    digits.handwritten.report_times(*digits.handwritten.timed(contestants))
+    assert "says little" not in capsys.readouterr().out
