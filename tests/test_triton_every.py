@@ -47,8 +47,11 @@ def test_every_rule_on_halves_with_state_in_float32(
 @every_rule
 def test_every_option_at_once(rule: str, compiled: Any) -> None:
     # Halves are rounded by chance; the parameter alone where their state is in float32.
-    check(rule, DTYPES, sizes=SIZES, **ALL_OPTIONS)
-    check(rule, HALVES, sizes=SIZES, state_dtype=torch.float32, **ALL_OPTIONS)
+    options = dict(ALL_OPTIONS)
+    if rule == "adafactor":
+        del options["ema_decay"], options["stochastic_rounding"]  # which it refuses
+    check(rule, DTYPES, sizes=SIZES, **options)
+    check(rule, HALVES, sizes=SIZES, state_dtype=torch.float32, **options)
 
 
 @pytest.mark.parametrize("options", [options for _, options in OPTIONS.values()], ids=OPTIONS)
