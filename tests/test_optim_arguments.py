@@ -112,7 +112,9 @@ def test_what_an_argument_cannot_be_is_refused_by_name_value_and_mend(kind):
         assert ": give " in said, f"{place}: {said}"
 
 
-@pytest.mark.parametrize("as_given", [np.float32, torch.tensor, np.array, Decimal], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "as_given", [np.float32, torch.tensor, np.array, Decimal], ids=lambda kind: kind.__name__
+)
 @pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
 def test_numbers_of_other_kinds_step_as_pythons_do(kind, as_given, backend):
     numbers = {"lr": 0.25, "weight_decay": 0.5}
