@@ -94,8 +94,8 @@ class Planned(Optimizer):
         rest = [p for p in own if p.kind is p.VAR_KEYWORD]
         shown = [*(p for p in own if p not in rest), *PARAMETERS, *rest]
         cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-        step: Any = cls.__dict__.get("step")
-        if step is not None and "grad_scaler" not in inspect.signature(step).parameters:
+        step: Any = cls.step  # a mixin's, too
+        if "grad_scaler" not in inspect.signature(step).parameters:
             cls.step = _taking_a_scaler(step)  # type: ignore[method-assign]
 
     @eagerly
@@ -122,7 +122,7 @@ class Planned(Optimizer):
         known = engine.engine_of(self)
         if known.handed is not None:
             grad_scaler, known.handed = known.handed, None
-        window = accumulation.window_of(self)
+        window = None if known.whole else accumulation.window_of(self)
         if window is not None and not engine.is_differentiable(self):
             return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
         given: dict[str, Any] = {} if grad_scaler is None else {"grad_scaler": grad_scaler}

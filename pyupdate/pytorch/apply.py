@@ -190,7 +190,10 @@ def apply(
             _unscaled_by_own(optimizer, params, scaler, restore=restore),
             nullcontext() if window is None else window.mean(),
         ):
-            step.step(optimizer, grad_scaler=scaler, only=params)
+            if step.has_own_step(optimizer):
+                _step_by_own(optimizer, params, scaler)
+            else:
+                step.step(optimizer, grad_scaler=scaler, only=params)
         return
     with _others_set_aside(optimizer, params):
         if scaler is None:
@@ -198,6 +201,18 @@ def apply(
             _plain[optimizer] = _Plain((), None)
         else:
             _step_scaled(optimizer, scaler, restore=restore)
+
+
+def _step_by_own(optimizer: Any, params: Sequence[Tensor], scaler: Scaler | None) -> None:
+    """The step of a user's subclass of ours, which calls ours."""
+    engine = step.engine_of(optimizer)
+    given = {} if scaler is None else {"grad_scaler": scaler}
+    engine.whole = True
+    try:
+        with _others_set_aside(optimizer, params):
+            optimizer.step(**given)
+    finally:
+        engine.whole = False
 
 
 def last_update(optimizer: Any) -> LastUpdate | None:

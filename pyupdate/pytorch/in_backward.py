@@ -94,6 +94,13 @@ def check_optimizer(name: str, optimizer: Any) -> None:
             f"pyupdate.accelerate takes, but the one of '{name}' is a {type(optimizer).__name__}"
         )
         raise TypeError(message)
+    if step.has_own_step(optimizer):
+        message = (
+            f"in_backward=True steps piece by piece, which the step of {type(optimizer).__name__} "
+            f"(the optimizer of '{name}') would not see: use the class of pyupdate.optim below it, "
+            "or leave in_backward out"
+        )
+        raise TypeError(message)
     options = step.options_of(optimizer)
     for field in dataclasses.fields(options):
         is_set, does = _WITHOUT.get(field.name, (None, ""))

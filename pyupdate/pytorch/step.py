@@ -52,10 +52,9 @@ class Engine:
     """By the id of a group: the gradients of its last micro-batch (`counted.Counted`), if known."""
     known: Any = None
     """Of an optimizer with memory that no plan sees: what its `check` keeps, and its `finish`."""
-    handed: Any = None
-    """The scaler whose ``scaler.step`` runs, of an optimizer whose own step does not take it."""
-    swapped: bool = False
-    """Whether the parameters hold their averages, so that no step may be made."""
+    handed: Any = None  # the scaler whose ``scaler.step`` runs, where its own step takes none
+    whole: bool = False  # whether ``optimizer.step()`` counts no micro-batch: somebody has
+    swapped: bool = False  # whether the parameters hold their averages: no step may be made
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -90,6 +89,13 @@ def has_rule(optimizer: object) -> bool:
     if isinstance(optimizer, Planned):
         return not is_differentiable(optimizer)
     return type(optimizer) in ROWS and is_as_made(optimizer)
+
+
+def has_own_step(optimizer: Optimizer) -> bool:
+    """Whether it is of a user's subclass of ours, whose ``step`` may do more than ours."""
+    from ..optim.planned import Planned
+
+    return isinstance(optimizer, Planned) and type(optimizer).step is not Planned.step
 
 
 def is_as_made(optimizer: Optimizer) -> bool:
@@ -230,7 +236,7 @@ step_in_pieces.hooked = True  # type: ignore[attr-defined]
 
 def can_join(optimizer: Optimizer) -> bool:
     """Whether its step may be made in one with others': nobody runs between them."""
-    if not has_rule(optimizer) or has_hooks(optimizer):
+    if not has_rule(optimizer) or has_hooks(optimizer) or has_own_step(optimizer):
         return False
     row = row_of(optimizer)
     if row is None or row.finish is not None:
