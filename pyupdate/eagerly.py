@@ -41,3 +41,18 @@ def _made_apart(function: Callable[..., Any]) -> Callable[..., Any]:
     disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
     reason = "pyupdate makes its updates outside of graphs: compile with fullgraph=False"
     return disable(function, reason=reason)
+
+
+def level_of_caller() -> int:
+    """The ``stacklevel`` of a warning that is meant for whoever called pyupdate.
+
+    How many frames lie between depends on whether Dynamo was imported.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_between(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_between(module: str) -> bool:
+    return module.partition(".")[0] == "pyupdate" or module.startswith("torch._dynamo.")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -125,7 +127,10 @@ class _Runs:
         return self.run["block"](x)
 
 
-def test_a_reentrant_checkpoint_of_nobody_knows_what_warns_once():
+@pytest.mark.parametrize("dynamo", ["as it is", "imported"])
+def test_a_reentrant_checkpoint_of_nobody_knows_what_warns_once(dynamo):
+    if dynamo == "imported":  # then updates are called through a function of its
+        importlib.import_module("torch._dynamo")
     model = nn.ModuleDict({"block": nn.Linear(3, 3), "head": nn.Linear(3, 1)})
     pyupdate.build(model, "sgd", model_name="net")
     x = torch.ones(2, 3, requires_grad=True)

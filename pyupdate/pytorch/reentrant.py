@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..eagerly import level_of_caller
 from ..remembered import Remembered
 
 _NODE = "CheckpointFunctionBackward"
@@ -46,7 +47,7 @@ def check_unreached(
                 "use_reentrant=True, and some of the model's parameters were not reached: if they "
                 f"are used in it they are not trained; {_MEND}"
             )
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            warnings.warn(message, RuntimeWarning, stacklevel=level_of_caller())
         inside = {id(param) for module in modules for param in module.parameters()}
         for qualified, param in model.named_parameters():
             if id(param) in hidden and id(param) in inside:
