@@ -15,7 +15,7 @@ FAULTS = {
     "fused": ["fma.rn.f32 in the PTX", "1 FFMA/FFMA2/DFMA, 0 for its divisions and roots"],
     "approximate": ["div.approx.f32 in the PTX", "1 MUFU, 0 for its divisions and roots"],
     "local": ["256 bytes of stack, 0 of spills", "accesses of local memory"],
-    "narrow": ["no loads of 16 bytes", "no stores of 16 bytes"],
+    "narrow": ["no loads of 16 bytes", "no stores of 16 bytes", "0 KiB of loads in flight"],
     "few_bytes": ["16 KiB of loads in flight"],
     "many_registers": ["registers"],
 }

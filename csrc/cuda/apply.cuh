@@ -64,6 +64,8 @@ class Step {
   static __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
   static __device__ constexpr bool reads(int role) { return (Stage::kReads >> role & 1u) != 0; }
   static __device__ constexpr bool writes(int role) { return (Stage::kWrites >> role & 1u) != 0; }
+  // Then one pack at a time is too few bytes in flight.
+  static constexpr bool kReadsGradientAlone = Stage::kReads == 1u << kGrad;
 
  public:
   // By a whole block, which must not use it before a barrier.
@@ -105,9 +107,16 @@ class Step {
   __device__ __forceinline__ void run(T* lanes) const {
     constexpr int V = kTaken<Storage>;
     const int count = chunk_.count;
-    visit<V, 1>(
-        count, misaligned_ == 0, [&](int i) { move<V>(i, lanes); },
-        [&](int i) { move<1>(i, lanes); });
+    if constexpr (kReadsGradientAlone) {
+      const Grad* const grad = grad_;  // not read anew behind a write to the lanes
+      visit<V, 2>(
+          count, misaligned_ == 0, [&](int i) { move<V>(grad, i, lanes); },
+          [&](int i) { move<1>(grad, i, lanes); });
+    } else {
+      visit<V, 1>(
+          count, misaligned_ == 0, [&](int i) { move<V>(nullptr, i, lanes); },
+          [&](int i) { move<1>(nullptr, i, lanes); });
+    }
     if (!kIsLast || average_ == nullptr) return;
     visit<V, 1>(
         count, misaligned_ == 0, [&](int i) { move_average<V>(i); },
@@ -142,14 +151,14 @@ class Step {
   // V elements from `i` on. Of a pack of halves W are computed at once, and a state of fp32 is
   // moved as they need it: all eight together take up to 110 registers.
   template <int V>
-  __device__ __forceinline__ void move(int i, T* lanes) const {
+  __device__ __forceinline__ void move(const Grad* kept, int i, T* lanes) const {
     constexpr int U = sizeof(State) == 2 ? V : smaller(V, 4);
     constexpr int W = U > 4 && kIsLarge ? 2 : smaller(V, 4);
     Pack<Param, V> param = {};
     Pack<Grad, V> grad = {};
     Pack<State, U> state[kStates + 1] = {};
     if constexpr (reads(kParam)) param = read<Param, V>(param_ + i);
-    if constexpr (reads(kGrad)) grad = read<Grad, V>(grad_ + i);
+    if constexpr (reads(kGrad)) grad = read<Grad, V>((kReadsGradientAlone ? kept : grad_) + i);
 #pragma unroll 1
     for (int from = i; from < i + V; from += U) {
 #pragma unroll

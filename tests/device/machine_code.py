@@ -9,8 +9,8 @@ No GPU is needed: nvcc, and of the Triton wheel cuobjdump and nvdisasm. A kernel
 - it has a stack, spills, or touches local memory;
 - it is an apply kernel and 256 threads of it do not fit four times on a multiprocessor (64
   registers), in fp64 twice (128), or it cannot load and store 16 bytes at once;
-- it is an apply kernel that writes, not of fp64, and a multiprocessor full of it asks for less than
-  32 KiB before the first use: what covers the latency of memory;
+- it is an apply kernel of fp32, or one of halves that writes, and a multiprocessor full of it asks
+  for less than 32 KiB before the first use: what covers the latency of memory;
 - its machine code has more MUFU, FFMA, FFMA2 or DFMA than a kernel with the same division and
   square root sites and nothing else: whatever is above was made by contraction;
 - it reaches global memory by anything but a 64-bit address.
@@ -198,7 +198,8 @@ def judge(kernel: Kernel, ptx: str, allowed: Kernel, architecture: int) -> Verdi
             faults.append("no loads of 16 bytes")
         if label in WRITING and kernel.wide("STG") == 0:
             faults.append("no stores of 16 bytes")
-        if kernel.wide("STG") > 0 and storage != "fp64" and in_flight < LEAST_IN_FLIGHT:
+        asked = storage == "fp32" or (kernel.wide("STG") > 0 and storage != "fp64")
+        if asked and in_flight < LEAST_IN_FLIGHT:
             faults.append(f"{in_flight >> 10} KiB of loads in flight")
     return Verdict(label, storage, kernel.registers, in_flight, faults)
 
