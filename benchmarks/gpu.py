@@ -34,7 +34,7 @@ from gpu_models import COMPILED, MANY, NO_TIME, WHAT_THEY_ARE, said  # noqa: E40
 from gpu_picture import drawn  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_streams.py", "tests/test_gpu_training.py")
+TESTS = tuple(f"tests/test_gpu{part}.py" for part in ("", "_layouts", "_streams", "_training"))
 TRITON_PARTS = 4
 """Processes that share the tests of `triton`, most of whose time is Triton's compiler's."""
 NEEDED = ("torch", "numpy", "pybind11", "pytest")

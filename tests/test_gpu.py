@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU: every rule, storage and option by ``cuda`` and ``triton`` has the bits of ``cpu``.
 
-Skipped without one. Streams, graphs and sizes are test_gpu_streams.py, whole training steps
-test_gpu_training.py; how all of them run without a GPU is said in gpu_runs.py.
+Skipped without one. Layouts and small numbers are test_gpu_layouts.py, streams, graphs and sizes
+test_gpu_streams.py, whole training steps test_gpu_training.py; how all of them run without a GPU
+is said in gpu_runs.py.
 """
 
 from __future__ import annotations
