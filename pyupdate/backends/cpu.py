@@ -14,6 +14,7 @@ from ..kernels.language import Rule
 from ..kernels.rules import RULES
 from ..native import passes_digest
 from ..options import LastUpdate
+from ..pytorch.joining import Joining
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
 from . import AUTO, choice, say_once
@@ -201,29 +202,20 @@ class Part:
         """Nothing to note: the compiled plan sees what there is."""
 
     @staticmethod
-    def step_together(steps: Sequence[tuple[Part, Inputs, Request]]) -> list[LastUpdate] | None:
-        """Whole steps of several parts in one parallel region.
-
-        None, and nothing done, unless every one could be made right away and none writes what
-        another one reads or writes: then they are made one by one, which says what is the matter.
-        """
-        module = steps[0][0].module
-        if any(part.module is not module for part, _, _ in steps):
+    def step_together(joinings: Sequence[Joining]) -> list[LastUpdate] | None:
+        """Whole steps of several parts in one parallel region; see `Joining`."""
+        module = joinings[0].part.module
+        if any(one.part.module is not module for one in joinings):
             return None
-        answers = module.step_together(
-            [
-                (part._plan, inputs.groups, inputs.state, inputs.numbers, request)
-                for part, inputs, request in steps
-            ],
-            torch.get_num_threads(),
-        )
+        asked = []
+        for part, inputs, request, _ in joinings:
+            asked.append((part._plan, inputs.groups, inputs.state, inputs.numbers, request))
+        answers = module.step_together(asked, torch.get_num_threads())
         if not answers:
             return None
         return [
-            LastUpdate(norm if request.reduce else None, skipped, multiplier)
-            for (_, _, request), (_, _, norm, _, skipped, multiplier) in zip(
-                steps, answers, strict=True
-            )
+            LastUpdate(norm if one.request.reduce else None, skipped, multiplier)
+            for one, (_, _, norm, _, skipped, multiplier) in zip(joinings, answers, strict=True)
         ]
 
     def check(self, inputs: Inputs) -> list[int]:

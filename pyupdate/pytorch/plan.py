@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 
 from ..backends import REFERENCE, Backend, backend_for, choice, reference
-from ..backends import cpu as cpu_backend
 from ..backends import cuda as cuda_backend
 from ..backends.cuda_devices import Devices
 from ..kernels.reduction import halving_tree, largest
 from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
+from .joining import Joining
 from .new_state import make_state
 from .request import Request, Scaling, request_of
 from .rows import GroupRule, Inputs, Row, entry_of
@@ -147,19 +147,18 @@ class Plan:
                 return done
         return self._step_in_parts(inputs, options, request)
 
-    def joining(
-        self, options: Options, scaling: Scaling
-    ) -> tuple[cpu_backend.Part, Request] | None:
-        """What a region of several plans needs of this one; None if it must be stepped alone."""
+    def joining(self, inputs: Inputs, options: Options, scaling: Scaling) -> Joining | None:
+        """What a step of several plans needs of this one; None if it must be stepped alone."""
         if len(self.parts) != 1:
             return None
         (part,) = self.parts
-        if not isinstance(part, cpu_backend.Part):
+        if not hasattr(part, "step_together"):
             return None
-        scaling = scaling.read()
+        if not part.reads_scaling:
+            scaling = scaling.read()
         if scaling.found:
             return None
-        return part, request_of(options, scaling)
+        return Joining(part, inputs, request_of(options, scaling), scaling)
 
     def _step_in_parts(self, inputs: Inputs, options: Options, request: Request) -> LastUpdate:
         fresh = self._check_parts(inputs)

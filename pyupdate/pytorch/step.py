@@ -14,10 +14,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .. import amp
-from ..backends import cpu as cpu_backend
 from ..options import LastUpdate, Options
 from .checks import check_capturable
 from .hooks import has_hooks, hooked
+from .joining import Joining
 from .plan import Plan
 from .request import NormNotFinite, Scaling
 from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of, rule_of
@@ -250,7 +250,7 @@ def can_join(optimizer: Optimizer) -> bool:
 def step_together(
     steps: Sequence[tuple[Optimizer, Collection[torch.Tensor], GradScaler | None]],
 ) -> bool:
-    """Make the steps of several optimizers in one region, with the bits of one by one.
+    """Make the steps of several optimizers in one, with the bits of one by one.
 
     Args:
         steps: for each an optimizer that `can_join` (a different one each), the parameters to step
@@ -262,7 +262,7 @@ def step_together(
     """
     if any(amp.has_own_check(scaler) for _, _, scaler in steps):
         return False  # which unscales one by one, and may wait for other processes there
-    parts = []
+    joinings: list[Joining] = []
     engines = []
     with ExitStack() as locks, torch.autograd.profiler.record_function("pyupdate.drain"):
         try:
@@ -272,14 +272,15 @@ def step_together(
                 scaling = amp.scaling_of(scaler, optimizer)
                 rules, inputs = _read(optimizer, engine)
                 plan = _plan(engine, inputs, rules, tuple(map(id, only)))
-                joining = plan.joining(options_of(optimizer), scaling)
+                joining = plan.joining(inputs, options_of(optimizer), scaling)
                 if joining is None:
                     return False
-                parts.append((joining[0], inputs, joining[1]))
+                joinings.append(joining)
                 engines.append(engine)
         except (TypeError, ValueError, RuntimeError):
             return False  # whoever is refused is told so in turn
-        done = cpu_backend.Part.step_together(parts)
+        kinds = {type(joining.part) for joining in joinings}
+        done = joinings[0].part.step_together(joinings) if len(kinds) == 1 else None
         if done is None:
             return False
         for engine, last in zip(engines, done, strict=True):
