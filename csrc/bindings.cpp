@@ -193,18 +193,13 @@ std::vector<Answer> step_together(const std::vector<Step>& steps, int threads) {
   for (const auto& [plan, groups, state, numbers, wanted] : steps) {
     busy.push_back(std::make_unique<Busy>(*plan));
     held.push_back(std::make_unique<GradientsHeld>(*plan));
-    if (plan->tables().averages()) return {};
     if (refresh(*plan, groups, state, numbers) != Found::kReady) return {};
     plans.push_back(plan);
   }
   if (plans.empty() || !Plan::apart({plans.begin(), plans.end()})) return {};
-  int64_t width = 0;
-  int64_t scalars = 0;
-  for (Plan* plan : plans) {
-    width = std::max(width, plan->tables().width());
-    scalars = std::max(scalars, plan->tables().scalars_width());
-  }
-  cpu::Tables tables(width, scalars);
+  std::vector<const cpu::Tables*> all;
+  for (Plan* plan : plans) all.push_back(&plan->tables());
+  cpu::Tables tables = cpu::Tables::for_all(all);
   std::vector<cpu::Member> members;
   for (const Step& step : steps) {
     Plan& plan = *std::get<Plan*>(step);

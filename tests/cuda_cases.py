@@ -12,7 +12,7 @@ import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,8 @@ class Group:
     count: int = 0
     in_tensor: int = -1
     """Which of the numbers stands in a tensor, as an lr may."""
+    member: int = 0
+    """Of the plans that are stepped as one; rows are in the order of their members."""
 
 
 @dataclass
@@ -163,6 +165,8 @@ class Asked:
     clip_value: float = math.inf
     ema_weight: float = 0.0
     apart: bool = False
+    others: tuple[Asked, ...] = ()
+    """What is asked of the second and later members."""
 
 
 @dataclass
@@ -191,13 +195,15 @@ def run_steps(
     averages = rows[0].average is not None
     steps = len(rows[0].grads)
     said = [order, blocks, steps, averages, len(groups), len(rows), asked.apart]
-    said += [asked.reduce, asked.skip_nonfinite, asked.finite_norm, asked.inf_norm]
-    said += [asked.seed is not None, asked.seed or 0]
-    given = [_ints(said)]
-    numbers = (asked.unscale, asked.scale, asked.found_inf, asked.max_norm, asked.clip_value)
-    given.append(_floats([*numbers, asked.ema_weight]))
+    given = [_ints([*said, 1 + len(asked.others)])]
+    for one, end in zip((asked, *asked.others), rows_end(groups, rows, asked), strict=True):
+        said = [end, one.reduce, one.skip_nonfinite, one.finite_norm, one.inf_norm]
+        given.append(_ints([*said, one.seed is not None, one.seed or 0]))
+        numbers = (one.unscale, one.scale, one.found_inf, one.max_norm, one.clip_value)
+        given.append(_floats([*numbers, one.ema_weight]))
     for group in groups:
-        given.append(_ints([program.rules.index(group.rule.name), group.storage, group.count]))
+        rule = program.rules.index(group.rule.name)
+        given.append(_ints([rule, group.storage, group.count, group.member]))
         given += [_floats([group.sign]), _ints([group.in_tensor]), _floats(group.numbers)]
     for row in rows:
         given.append(_ints([row.group, row.param.size, row.shift, row.step_bytes, row.identity]))
@@ -213,10 +219,17 @@ def run_steps(
     if not check:
         return done
     assert done.returncode == 0, done.stderr.decode()
-    return _read(done.stdout, groups, rows, steps)
+    return _read(done.stdout, groups, rows, steps * (1 + len(asked.others)))
 
 
-def _read(out: bytes, groups: Sequence[Group], rows: Sequence[Parameter], steps: int) -> Result:
+def rows_end(groups: Sequence[Group], rows: Sequence[Parameter], asked: Asked) -> list[int]:
+    """The index behind the last row of each member."""
+    of = [groups[row.group].member for row in rows]
+    assert of == sorted(of)
+    return [sum(m <= member for m in of) for member in range(1 + len(asked.others))]
+
+
+def _read(out: bytes, groups: Sequence[Group], rows: Sequence[Parameter], outcomes: int) -> Result:
     at = 0
 
     def take(like: Array) -> Array:
@@ -226,7 +239,7 @@ def _read(out: bytes, groups: Sequence[Group], rows: Sequence[Parameter], steps:
         return taken
 
     result = Result([])
-    for _ in range(steps):
+    for _ in range(outcomes):
         norm, multiplier, found, skipped = take(np.zeros(4))
         result.outcomes.append((norm, multiplier, bool(found), bool(skipped)))
     for row in rows:
@@ -245,7 +258,9 @@ def _read(out: bytes, groups: Sequence[Group], rows: Sequence[Parameter], steps:
 
 
 def expected(groups: Sequence[Group], rows: Sequence[Parameter], asked: Asked) -> Result:
-    """The same by the oracle."""
+    """The same by the oracle; of several members, by one after the other."""
+    if asked.others:
+        return _one_by_one(groups, rows, asked)
     arrays = [{"param": row.param, **row.state} for row in rows]
     averages = [row.average for row in rows]
     counts = [group.count for group in groups]
@@ -295,6 +310,20 @@ def expected(groups: Sequence[Group], rows: Sequence[Parameter], asked: Asked) -
         result.arrays.append(ends)
     result.counts = counts
     return result
+
+
+def _one_by_one(groups: Sequence[Group], rows: Sequence[Parameter], asked: Asked) -> Result:
+    found = []
+    for member, one in enumerate((replace(asked, others=()), *asked.others)):
+        places = [g for g, group in enumerate(groups) if group.member == member]
+        own = [replace(row, group=places.index(row.group)) for row in rows if row.group in places]
+        found.append(expected([groups[g] for g in places], own, one))
+    of_steps = zip(*(result.outcomes for result in found), strict=True)
+    return Result(
+        [arrays for result in found for arrays in result.arrays],
+        [outcome for of_step in of_steps for outcome in of_step],
+        [count for result in found for count in result.counts],
+    )
 
 
 def _norm(grads: Sequence[Array], unscale: float, *, inf_norm: bool) -> float:
@@ -374,6 +403,38 @@ def mixed_plan(
     if asked.ema_weight:
         with_averages(rng, groups, rows)
     return groups, rows
+
+
+TOGETHER = (
+    OPTIONS["clip"],
+    OPTIONS["plain"],
+    OPTIONS["scaler"],
+    replace(OPTIONS["inf norm"], found_inf=1.0),
+    OPTIONS["inf norm"],
+    OPTIONS["value"],
+)
+"""Of members that are stepped as one: the fourth is skipped, and so is the third where a gradient
+of its own is not finite."""
+
+
+def joint_plan(
+    rules_of: Sequence[str], seed: int, storages: Sequence[int] = range(len(STORAGES))
+) -> tuple[list[Group], list[Parameter], Asked]:
+    """Plans of these rules in turn, one for each of `TOGETHER`, stepped as one."""
+    rng = np.random.default_rng(seed)
+    groups, rows = [], []
+    for member in range(len(TOGETHER)):
+        name = rules_of[member % len(rules_of)]
+        for storage in (storages[0], storages[member % len(storages)]):
+            groups.append(group_of(name, storage, count=member, member=member))
+            for size, shift in ((1_003, member % 2), (16_401 if member % 3 else 5, 0)):
+                rows.append(row_of(rng, groups, len(groups) - 1, size, shift=shift))
+    third = next(row for row in rows if groups[row.group].member == 2)
+    third.grads[1] = oracle.store(
+        np.full(third.param.size, np.inf, STORAGES[groups[third.group].storage][3]),
+        third.grads[1].copy(),
+    )
+    return groups, rows, replace(TOGETHER[0], others=TOGETHER[1:])
 
 
 def assert_same(found: Result, wanted: Result, rows: Sequence[Parameter]) -> None:

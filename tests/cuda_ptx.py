@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cuda_cases
 import numpy as np
 from compiling import ROOT
 from cuda_cases import Array, Asked, Group, Parameter, Result
@@ -33,7 +34,16 @@ GAP = 64
 
 TABLES = (
     *("rows", "addresses", "scalars", "items", "hyper_rows", "sources", "numbers", "number_at"),
-    *("identities", "hypers", "chunk_sums", "grad_sums", "row_sums", "row_tickets", "tickets"),
+    *(
+        "identities",
+        "members",
+        "hypers",
+        "chunk_sums",
+        "grad_sums",
+        "row_sums",
+        "row_tickets",
+        "tickets",
+    ),
     *("control", "outcome"),
 )
 """The pointers of launch.h's Tables, in its order."""
@@ -154,7 +164,7 @@ class Steps:
             first = self.of_row.index(index)
             sources += [first, len(numbers)]
             head = (names.index(group.rule.name), group.storage, offset, group.count)
-            hypers.append(struct.pack("<4qdq", *head, group.sign, 0))
+            hypers.append(struct.pack("<4qdq", *head, group.sign, group.member))
             offset += len(group.rule.hypers) + len(group.rule.counted)
             for k, number in enumerate(group.numbers):
                 self.in_tensors.append(Memory(struct.pack("<d", number)))
@@ -184,9 +194,9 @@ class Steps:
             "grad_sums": 8 * len(rows),
             "row_sums": 8 * len(rows) * per_tensor,
             "row_tickets": 4 * len(rows),
-            "tickets": 8,
-            "control": 40,
-            "outcome": 24,
+            "tickets": 4 * (2 + len(asked.others)),
+            "control": 40 * (1 + len(asked.others)),
+            "outcome": 24 * (1 + len(asked.others)),
         }
         # NaN, so that what is read before it was written is seen; only tickets are promised zero.
         self.tables = {
@@ -206,8 +216,15 @@ class Steps:
         }
         self.width, self.item_count, self.words = width, len(items), words
         self.counts = (len(rows), width, scalars_width, len(groups), chunk, per_tensor)
-        self.scale = Memory(struct.pack("<f", asked.scale))
-        self.found_inf = Memory(struct.pack("<f", asked.found_inf))
+        self.members = 1 + len(asked.others)
+        self.of_scalers: list[Memory] = []
+        if asked.others:
+            ends = cuda_cases.rows_end(groups, rows, asked)
+            packed = [
+                self._request(one, False) + struct.pack("<q", end)
+                for one, end in zip((asked, *asked.others), ends, strict=True)
+            ]
+            self.tables["members"] = Memory(b"".join(packed))
 
     def _row(self, row: Parameter) -> Row:
         group = self.groups[row.group]
@@ -240,21 +257,30 @@ class Steps:
     # ----- launches
 
     def _pack_tables(self) -> bytes:
-        pointers = [self.tables[name].address for name in TABLES]
+        pointers = [self.tables[name].address if name in self.tables else 0 for name in TABLES]
         if self.asked.seed is None:
             pointers[TABLES.index("identities")] = 0
-        return struct.pack("<17Q7q", *pointers, *self.counts, self.averages)
+        return struct.pack("<18Q8q", *pointers, *self.counts, self.averages, self.members)
 
-    def _request(self, leave_open: bool) -> bytes:
-        asked = self.asked
+    def _request(self, asked: Asked, leave_open: bool) -> bytes:
+        def place(number: float) -> int:
+            if not number:
+                return 0
+            self.of_scalers.append(Memory(struct.pack("<f", number)))
+            return self.of_scalers[-1].address
+
         flags = (asked.reduce, asked.skip_nonfinite, asked.finite_norm, asked.inf_norm)
-        pointers = (
-            self.scale.address if asked.scale else 0,
-            self.found_inf.address if asked.found_inf else 0,
-        )
+        pointers = (place(asked.scale), place(asked.found_inf))
         numbers = (asked.max_norm, asked.clip_value, asked.ema_weight, 1.0)
         head = struct.pack("<6i", *flags, asked.seed is not None, leave_open)
         return head + struct.pack("<qd2Q4d", asked.seed or 0, asked.unscale, *pointers, *numbers)
+
+    def _asked_of_all(self) -> Asked:
+        """What a launch is given: of several members, whether one of them reduces."""
+        asked = self.asked
+        if not asked.others:
+            return asked
+        return Asked(reduce=any(one.reduce for one in (asked, *asked.others)))
 
     def _writable(self, *written: str) -> Iterator[tuple[int, int, bool]]:
         for name, memory in self.tables.items():
@@ -275,14 +301,15 @@ class Steps:
         memory += [row.grad.range(False) for row in self.rows]
         memory += [row.step.range(False) for row in self.rows if row.step is not None]
         memory += [scalar.range(False) for row in self.rows for scalar in row.scalars]
-        memory += [number.range(False) for number in [*self.in_tensors, self.scale, self.found_inf]]
+        request = self._request(self._asked_of_all(), leave_open)
+        memory += [number.range(False) for number in [*self.in_tensors, *self.of_scalers]]
         sums = self.tables["grad_sums"]
         if alone:
             sums = Memory(sums.bytes())
             memory.append(sums.range(True))
-        items = self.item_count if self.asked.reduce and not alone else 0
+        items = self.item_count if self._asked_of_all().reduce and not alone else 0
         tail = (items, sums.address, len(self.rows), self.tables["tickets"].address + 4)
-        work = self._pack_tables() + self._request(leave_open) + struct.pack("<qQqQ", *tail)
+        work = self._pack_tables() + request + struct.pack("<qQqQ", *tail)
         (kernel,) = self.program.reduce.kernels
         self._launch(self.program.reduce, kernel, max(1, min(items, blocks)), work, memory, order)
 
@@ -308,7 +335,7 @@ class Steps:
                     if row.step is not None:
                         memory.append(row.step.range(index == 0))
                     memory += [scalar.range(True) for scalar in row.scalars]
-                work = struct.pack("<qq?7x", begin, end, self.asked.reduce)
+                work = struct.pack("<qq?7x", begin, end, self._asked_of_all().reduce)
                 self._launch(
                     self.program.apply[storage],
                     self.program.kernel(name, index, storage),
@@ -338,8 +365,9 @@ def run_steps(
         if asked.apart:
             steps.reduce(1, order, leave_open=False, alone=True)
         steps.apply(blocks, order)
-        norm, multiplier, found, skipped = struct.unpack("<2d2f", steps.tables["outcome"].bytes())
-        result.outcomes.append((norm, multiplier, bool(found), bool(skipped)))
+        for outcome in struct.iter_unpack("<2d2f", steps.tables["outcome"].bytes()):
+            norm, multiplier, found, skipped = outcome
+            result.outcomes.append((norm, multiplier, bool(found), bool(skipped)))
         tickets = steps.tables["tickets"].bytes() + steps.tables["row_tickets"].bytes()
         assert not any(tickets), "a ticket was left"
     for row, own in zip(rows, steps.rows, strict=True):

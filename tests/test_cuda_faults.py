@@ -135,13 +135,14 @@ def test_a_missing_barrier_before_the_last_blocks_ticket_is_seen_by_thread_sanit
     old = "reduce_items(work, tree);\n  __syncthreads();"
     new = "reduce_items(work, tree);"
     program = build(tmp_path, THREAD, file="reduce.cu", old=old, new=new)
-    # Thread 11 of the first block finds an inf: it sets the flag, which its thread 0 is to publish.
+    # Thread 175 of the first block finds an inf: it sets the flag, which thread 0 is to publish.
+    # (The first warp meets at the row's ticket, behind the flag.)
     # Two blocks and one inf: ThreadSanitizer remembers four accesses of 8 bytes, and the ticket is
     # in the same 8.
-    groups, rows = small("adamw", (70, 70))
-    rows[0].grads[0][45] = np.inf
+    groups, rows = small("adamw", (1_000, 1_000, 1_000))
+    rows[2].grads[0][4 * 175] = np.inf
     asked = Asked(reduce=True, max_norm=0.5)
-    done = run_steps(program, groups, rows, asked, blocks=2, check=False)
+    done = run_steps(program, groups, rows, asked, order=1, blocks=2, check=False)
     assert isinstance(done, subprocess.CompletedProcess)
     assert done.returncode != 0
     assert "data race" in done.stderr.decode()

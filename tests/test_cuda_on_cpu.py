@@ -8,6 +8,7 @@ What a real one adds (its compiler's last step, blocks that run at once, streams
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import cuda_cases
@@ -24,6 +25,7 @@ from cuda_cases import (
     assert_same,
     expected,
     group_of,
+    joint_plan,
     row_of,
     run_steps,
     with_averages,
@@ -117,6 +119,21 @@ def test_a_skipped_step_changes_no_bit_and_a_later_one_counts_on(program, rule, 
         for name, before in row.state.items():
             assert_same_bits(after[name], before, name)
         assert after["step"] == 3
+
+
+@pytest.mark.parametrize("by_chance", [False, True])
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("rules_of", [("adamw", "sgd_momentum", "lamb"), ("novograd", "nadam")])
+def test_several_plans_in_one_step(program, rules_of, order, by_chance):
+    groups, rows, asked = joint_plan(rules_of, 48)
+    if by_chance:
+        seeds = iter(range(-2, 10))
+        others = tuple(replace(one, seed=next(seeds)) for one in asked.others)
+        asked = replace(asked, seed=next(seeds), others=others)
+    found = compare(program, groups, rows, asked, order=order, blocks=1 + 5 * order)
+    skipped = [skipped for *_, skipped in found.outcomes]
+    assert skipped[:6] == [False, False, False, True, False, False]
+    assert skipped[6:] == [False, False, True, True, False, False]
 
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, math.inf])

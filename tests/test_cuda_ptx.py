@@ -25,6 +25,7 @@ from cuda_cases import (
     assert_same,
     expected,
     group_of,
+    joint_plan,
     mixed_plan,
     row_of,
 )
@@ -75,6 +76,12 @@ def test_many_chunks_in_any_order(program: cuda_ptx.Program, order: int) -> None
         program, groups, rows, OPTIONS["clip"], order=order, blocks=1 + 5 * order
     )
     assert_same(found, expected(groups, rows, OPTIONS["clip"]), rows)
+
+
+def test_several_plans_in_one_step(program: cuda_ptx.Program) -> None:
+    groups, rows, asked = joint_plan(tuple(SOME), 54)
+    found = cuda_ptx.run_steps(program, groups, rows, asked, order=3, blocks=5)
+    assert_same(found, expected(groups, rows, asked), rows)
 
 
 def test_no_fused_or_approximate_operation(program: cuda_ptx.Program) -> None:

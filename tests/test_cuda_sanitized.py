@@ -26,6 +26,7 @@ from cuda_cases import (
     Program,
     assert_same,
     expected,
+    joint_plan,
     mixed_plan,
     run_steps,
 )
@@ -93,6 +94,14 @@ def test_no_race_in_any_storage(some_in_all, rule, options):
     check(some_in_all, rule, options, ALL)
 
 
+@pytest.mark.parametrize("build", ["under_address", "some_in_all"])
+def test_several_plans_in_one_step(build, request):
+    program = request.getfixturevalue(build)
+    groups, rows, asked = joint_plan(tuple(SOME), 62)
+    found = run_steps(program, groups, rows, asked, order=3, blocks=BLOCKS)
+    assert_same(found, expected(groups, rows, asked), rows)
+
+
 STATE = "state[s] = read<State, U>(state_[s] + from);"
 FAULTS = {
     # Only where the state is wider than the parameter, so that a pack takes it in two parts.
@@ -104,8 +113,8 @@ FAULTS = {
     ),
     "thread": (
         THREAD,
-        "item));\n    __syncthreads();\n    steps[odd].run(lanes);",
-        "item));\n    steps[odd].run(lanes);",
+        "item));\n    __syncthreads();\n    const auto& step",
+        "item));\n    const auto& step",
         "data race",
     ),
 }

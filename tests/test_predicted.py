@@ -128,7 +128,7 @@ def test_a_plan_says_what_a_step_launches_and_moves(name, recorded_module):
             optimizer.step()
             made = recorded_launches(recorded_module)
             (part,) = plan_of(optimizer).parts
-            said = part._plan.launches(reduce=True)
+            said = part.plan.launches(reduce=True)
             assert [(kernel, stage) for kernel, stage, _, _ in made] == [
                 (kernel, stage) for kernel, stage, _ in said
             ]

@@ -223,7 +223,7 @@ class Region {
       const Member& member = members_[static_cast<size_t>(hyper.member)];
       if (stage >= rule.stages || member.outcome.skipped) return;
       const StorageInfo& storage = passes_.storages[hyper.storage];
-      const bool averages = tables_.averages_ && stage + 1 == rule.stages;
+      const bool averages = has_average(r) && stage + 1 == rule.stages;
       const bool by_chance = member.request.stochastic && storage.fp32 >= 0;
       const Kernel& kernel = rule.kernels[stage][by_chance ? storage.fp32 : hyper.storage];
       uint64_t keys[kMaxRoles];
@@ -309,7 +309,8 @@ class Region {
           row.layout < 0 ? nullptr : &tables_.layouts[static_cast<size_t>(row.layout)];
       int64_t sizes[kMaxRoles];
       for (int64_t role = 0; role < tables_.width_; ++role) sizes[role] = itemsize(storage, role);
-      const double* ema_weight = averages ? &request_.ema_weight : nullptr;
+      const double* ema_weight =
+          averages ? &members_[static_cast<size_t>(hyper.member)].request.ema_weight : nullptr;
       run_in_scratch(kernel, storage, block,
                      {tables_.width_, address, sizes, layout, keys, ema_weight}, workspace.scratch);
       return;
@@ -318,10 +319,16 @@ class Region {
       block.role[role] = reinterpret_cast<void*>(address[role] + begin * itemsize(storage, role));
     }
     if (averages) {
-      run_averaged(kernel, storage, block);
+      run_averaged(kernel, storage, block,
+                   members_[static_cast<size_t>(hyper.member)].request.ema_weight);
     } else {
       kernel.run(block);
     }
+  }
+
+  bool has_average(size_t r) const {
+    const auto width = static_cast<size_t>(tables_.width_);
+    return tables_.averages_ && tables_.addresses[r * width + width - 1] != 0;
   }
 
   // The bytes of an element of a role.
@@ -332,12 +339,12 @@ class Region {
 
   // A block piece by piece, each averaged while its parameters are in the cache: memory is passed
   // over once. A last stage leaves no sums, so the pieces are like any other blocks.
-  void run_averaged(const Kernel& kernel, const StorageInfo& storage, Block block) {
+  void run_averaged(const Kernel& kernel, const StorageInfo& storage, Block block,
+                    double ema_weight) {
     for (int64_t left = block.count; left > 0; left -= kLanes) {
       block.count = std::min(kLanes, left);
       kernel.run(block);
-      storage.average(block.role[kParam], block.role[tables_.width_ - 1], block.count,
-                      request_.ema_weight);
+      storage.average(block.role[kParam], block.role[tables_.width_ - 1], block.count, ema_weight);
       block.element += kLanes;
       for (int64_t role = 0; role < tables_.width_; ++role) {
         block.role[role] = static_cast<char*>(block.role[role]) + kLanes * itemsize(storage, role);

@@ -20,7 +20,7 @@ inline int64_t chunks_of(int64_t size) {
 class Tables {
  public:
   // `averages`: whether the last of the `width` addresses of a row is that of its average, of the
-  // compute type.
+  // compute type; 0 where it has none.
   explicit Tables(int64_t width, int64_t scalars = 0, bool averages = false)
       : width_(width), scalars_(scalars), averages_(averages) {}
 
@@ -28,8 +28,9 @@ class Tables {
   // each said as Row::step is.
   void clear_rows();
   void add_row(const Row& row, const int64_t* addresses, const int64_t* scalars);
-  // The rows of another table behind these, as the rows of `member`: several models updated as one
-  // plan. The other one may be narrower; neither has averages, whose column is the last.
+  // Several models updated as one plan: tables that are wide enough for these, and the rows of one
+  // of them behind those that are there, as the rows of `member`.
+  static Tables for_all(const std::vector<const Tables*>& others);
   void append(const Tables& other, int64_t member);
   // Cuts the rows into work; call it after rows were added, before `run`.
   void cut();
@@ -53,6 +54,7 @@ class Tables {
 
  private:
   friend class Region;
+  int32_t append_layout(const Tables& other, int32_t layout);
   int64_t width_;
   int64_t scalars_;
   bool averages_;

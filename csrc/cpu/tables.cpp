@@ -32,20 +32,33 @@ void Tables::add_row(const Row& row, const int64_t* row_addresses, const int64_t
   scalars.insert(scalars.end(), row_scalars, row_scalars + scalars_);
 }
 
+Tables Tables::for_all(const std::vector<const Tables*>& others) {
+  int64_t roles = 0;
+  int64_t scalars = 0;
+  bool averages = false;
+  for (const Tables* other : others) {
+    roles = std::max(roles, other->width_ - (other->averages_ ? 1 : 0));
+    scalars = std::max(scalars, other->scalars_);
+    averages = averages || other->averages_;
+  }
+  return Tables(roles + (averages ? 1 : 0), scalars, averages);
+}
+
+// A rule reads and writes the roles and scalars that it has: what wider tables have beside them is
+// 0, and not looked at. An average stays the last.
 void Tables::append(const Tables& other, int64_t member) {
   const auto hyper_rows_before = static_cast<int64_t>(hyper_rows.size());
   const auto hypers_before = static_cast<int64_t>(hypers.size());
-  const auto layouts_before = static_cast<int64_t>(layouts.size());
+  const int64_t roles = other.width_ - (other.averages_ ? 1 : 0);
   for (size_t i = 0; i < other.rows.size(); ++i) {
     Row row = other.rows[i];
     row.hyper += static_cast<int32_t>(hyper_rows_before);
-    if (row.layout >= 0) row.layout += static_cast<int32_t>(layouts_before);
-    // A rule reads and writes the roles and scalars that it has: what a wider one has is not looked
-    // at.
+    if (row.layout >= 0) row.layout = append_layout(other, row.layout);
     int64_t row_addresses[kMaxRoles] = {};
     int64_t row_scalars[kMaxScalars] = {};
-    std::copy_n(other.addresses.data() + i * static_cast<size_t>(other.width_), other.width_,
-                row_addresses);
+    const int64_t* from = other.addresses.data() + i * static_cast<size_t>(other.width_);
+    std::copy_n(from, roles, row_addresses);
+    if (other.averages_) row_addresses[width_ - 1] = from[roles];
     std::copy_n(other.scalars.data() + i * static_cast<size_t>(other.scalars_), other.scalars_,
                 row_scalars);
     add_row(row, row_addresses, row_scalars);
@@ -56,9 +69,23 @@ void Tables::append(const Tables& other, int64_t member) {
     hyper_rows.push_back(hyper);
   }
   hypers.insert(hypers.end(), other.hypers.begin(), other.hypers.end());
-  layouts.insert(layouts.end(), other.layouts.begin(), other.layouts.end());
   identities.insert(identities.end(), other.identities.begin(), other.identities.end());
   identities.resize(rows.size());  // a plan that does not round by chance has none
+}
+
+int32_t Tables::append_layout(const Tables& other, int32_t layout) {
+  const auto place = static_cast<int32_t>(layouts.size());
+  const int64_t* from = other.layouts.data() + layout;
+  const int64_t dims = from[Layout::kDims];
+  const int64_t roles = other.width_ - (other.averages_ ? 1 : 0);
+  const auto length = static_cast<size_t>(Layout::length(dims, width_));
+  layouts.resize(static_cast<size_t>(place) + length, 0);
+  int64_t* to = layouts.data() + place;
+  std::copy_n(from, Layout::length(dims, roles), to);
+  if (other.averages_) {
+    std::copy_n(from + Layout::length(dims, roles), dims, to + Layout::length(dims, width_ - 1));
+  }
+  return place;
 }
 
 void Tables::cut() {

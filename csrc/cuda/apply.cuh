@@ -72,7 +72,7 @@ class Step {
   __device__ __forceinline__ void fill(const Tables& tables, const Chunk& chunk) {
     const Row& row = tables.rows[chunk.row];
     const HyperRow& hyper = tables.hyper_rows[row.hyper];
-    const Control& control = *tables.control;
+    const Control& control = tables.control[hyper.member];
     const int thread = static_cast<int>(threadIdx.x);
     const int lane = thread % kWarp;
     if (thread / kWarp == 0 && lane < Stage::kHypers) {
@@ -93,10 +93,14 @@ class Step {
       ema_weight_ = static_cast<T>(control.ema_weight);
       chance_.on = tables.identities != nullptr;
       chance_.begin = chunk.begin;
+      skipped_ = control.skip != 0;
     }
     if (thread == 4 * kWarp) find_roles(tables, chunk);
     if (thread == 5 * kWarp) chunk_ = chunk;
   }
+
+  // Whether nothing of this chunk is to be written.
+  __device__ __forceinline__ bool skipped() const { return skipped_; }
 
   // What `fill` was given, for what comes behind `run`: kept meanwhile it would take registers.
   __device__ __forceinline__ const Chunk& chunk() const {
@@ -140,7 +144,7 @@ class Step {
       state_[k] = static_cast<State*>(at(kFirstState + k, sizeof(State)));
     }
     average_ = nullptr;
-    if (kIsLast && tables.averages != 0) {
+    if (kIsLast && tables.averages != 0 && address[tables.width - 1] != 0) {
       const int64_t place = address[tables.width - 1] + chunk.begin * int64_t{sizeof(T)};
       used |= place | reinterpret_cast<int64_t>(param_);
       average_ = reinterpret_cast<T*>(place);
@@ -245,6 +249,7 @@ class Step {
   T per_tensor_[Stage::kPerTensorRead + 1];
   Chance chance_;
   Chunk chunk_;
+  bool skipped_;
 };
 
 // ----- what a row needs
@@ -307,6 +312,14 @@ __device__ __forceinline__ void leave_sums(const Tables& tables, const Chunk& ch
 template <class Storage>
 constexpr int kBlocks = sizeof(typename Storage::Compute) == 4 ? 4 : 2;
 
+// A block then reads no table.
+__device__ __forceinline__ bool all_skipped(const Tables& tables) {
+  for (int64_t member = 0; member < tables.member_count; ++member) {
+    if (tables.control[member].skip == 0) return false;
+  }
+  return true;
+}
+
 template <class Rule, class Stage, int kStage, class Storage>
 __global__ void __launch_bounds__(kThreads, kBlocks<Storage>) apply_kernel(const Apply work) {
   using T = typename Storage::Compute;
@@ -315,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Storage>) apply_kernel(const
   __shared__ double tree[kThreads];
   __shared__ Step<Rule, Stage, kStage, Storage> steps[2];
   const Tables& tables = work.tables;
-  if (tables.control->skip != 0) return;
+  if (all_skipped(tables)) return;
   if constexpr (kEnds) {
     for (int i = static_cast<int>(threadIdx.x); i < Stage::kSums * kLanes; i += kThreads) {
       lanes[i] = T(0);
@@ -327,9 +340,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Storage>) apply_kernel(const
     const int64_t mirrored = work.begin + work.end - 1 - item;
     steps[odd].fill(tables, Chunk::of(tables, work.backwards ? mirrored : item));
     __syncthreads();
-    steps[odd].run(lanes);
-    const Chunk& chunk = steps[odd].chunk();
+    const auto& step = steps[odd];
     odd = !odd;
+    if (step.skipped()) continue;
+    step.run(lanes);
+    const Chunk& chunk = step.chunk();
     if (kStage == 0 && chunk.index == 0 && threadIdx.x == 0) advance<Rule>(tables, chunk.row);
     if constexpr (kEnds) leave_sums<Rule, Stage>(tables, chunk, lanes, tree);
   }

@@ -18,9 +18,9 @@ __device__ __forceinline__ double unscale_of(const Request& request) {
   return request.unscale * static_cast<double>(static_cast<float>(reciprocal));
 }
 
-// By one thread. Returns whether the step is skipped.
-__device__ __forceinline__ bool decide(const Tables& tables, const Request& request, double total,
-                                       bool nonfinite) {
+// Of a member; by one thread.
+__device__ __forceinline__ void decide(const Tables& tables, int64_t member, const Request& request,
+                                       double total, bool nonfinite) {
   const double unscale = unscale_of(request);
   const bool found = request.found_inf != nullptr && *request.found_inf != 0.0f;
   Outcome outcome;
@@ -32,10 +32,9 @@ __device__ __forceinline__ bool decide(const Tables& tables, const Request& requ
                        (request.finite_norm != 0 && !is_finite(outcome.norm));
   outcome.found_inf = found || nonfinite ? 1.0f : 0.0f;
   outcome.skipped = skipped ? 1.0f : 0.0f;
-  *tables.outcome = outcome;
-  *tables.control =
+  tables.outcome[member] = outcome;
+  tables.control[member] =
       Control{outcome.multiplier, skipped, request.clip_value, request.ema_weight, request.seed};
-  return skipped;
 }
 
 // ----- hypers
@@ -71,26 +70,40 @@ __device__ __forceinline__ void prepare_any(const Tables& tables, int64_t h, Lis
   ((rule == index++ ? prepare<Rule>(tables, h) : void()), ...);
 }
 
-// By a whole block. `sums` are the rows' parts of the norm.
-__device__ __forceinline__ void finish(const Tables& tables, const Request& request, double* sums,
-                                       int64_t count, const uint32_t* nonfinite,
-                                       double (&tree)[kThreads]) {
-  __shared__ bool skipped;
+// A member's norm, multiplier and skip. By a whole block; `sums` are its rows' parts of the norm.
+__device__ __forceinline__ void finish_member(const Tables& tables, int64_t member,
+                                              const Request& request, double* sums, int64_t count,
+                                              const uint32_t* nonfinite, double (&tree)[kThreads]) {
   double total = 0.0;
+  __syncthreads();  // the last member's tree was read
   if (request.reduce != 0) {
-    __syncthreads();
     total = request.inf_norm != 0
                 ? join_threads(fold(sums, count, threadIdx.x, kThreads, Larger()), tree, Larger())
                 : join_threads(fold(sums, count, threadIdx.x, kThreads, Added()), tree, Added());
   }
-  if (threadIdx.x == 0) {
-    skipped = decide(tables, request, total, request.reduce != 0 && *nonfinite != 0);
+  if (threadIdx.x != 0) return;
+  decide(tables, member, request, total, request.reduce != 0 && *nonfinite != 0);
+  atomicExch(&tables.tickets[1 + member], 0u);
+}
+
+// Of all members. `sums`, `count` and `nonfinite` are those of one that is alone.
+__device__ __forceinline__ void finish(const Tables& tables, const Request& alone, double* sums,
+                                       int64_t count, const uint32_t* nonfinite,
+                                       double (&tree)[kThreads]) {
+  if (tables.members == nullptr) {
+    finish_member(tables, 0, alone, sums, count, nonfinite, tree);
+  } else {
+    int64_t begin = 0;
+    for (int64_t member = 0; member < tables.member_count; ++member) {
+      const Member& own = tables.members[member];
+      finish_member(tables, member, own.request, tables.grad_sums + begin, own.rows_end - begin,
+                    tables.tickets + 1 + member, tree);
+      begin = own.rows_end;
+    }
   }
   __syncthreads();
-  if (threadIdx.x == 0) atomicExch(&tables.tickets[1], 0u);
-  if (skipped) return;
   for (int64_t h = threadIdx.x; h < tables.hyper_count; h += kThreads) {
-    prepare_any(tables, h, Rules());
+    if (tables.control[tables.hyper_rows[h].member].skip == 0) prepare_any(tables, h, Rules());
   }
 }
 

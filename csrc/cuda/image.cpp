@@ -97,25 +97,37 @@ void Image::put(Section section, const void* from, const char* moved, int64_t wi
   end_ = std::max(end_, offset_[section + 1]);
 }
 
-void Image::draw(const Plan& plan, cpu::Tables& tables, const GroupNumbers& numbers,
-                 bool stochastic) {
+// What the tables of the plans leave to the device: numbers, counts, and where they come from.
+void Image::gather(std::span<const Drawn> plans, const cpu::Tables& tables) {
   numbers_.clear();
   number_at_.clear();
-  std::vector<int64_t> first;  // of each group
-  for (size_t g = 0; g < numbers.values.size(); ++g) {
-    first.push_back(static_cast<int64_t>(numbers_.size()));
-    for (size_t i = 1; i < numbers.values[g].size(); ++i) {
-      const int64_t at = i < numbers.at[g].size() ? numbers.at[g][i] : 0;
-      numbers_.push_back(at == 0 ? numbers.values[g][i] : 0.0);
-      number_at_.push_back(at);
-    }
-  }
   sources_.clear();
-  for (const Plan::Source& source : plan.sources()) {
-    sources_.push_back({source.row, first[static_cast<size_t>(source.group)]});
-  }
   rows_ = tables.rows;
-  for (size_t k = 0; k < rows_.size(); ++k) rows_[k].step = plan.count_at(k);
+  records_ = 0;
+  int64_t rows = 0;  // of the plans before
+  for (const auto& [plan, numbers] : plans) {
+    first_.clear();
+    for (size_t g = 0; g < numbers.values.size(); ++g) {
+      first_.push_back(static_cast<int64_t>(numbers_.size()));
+      for (size_t i = 1; i < numbers.values[g].size(); ++i) {
+        const int64_t at = i < numbers.at[g].size() ? numbers.at[g][i] : 0;
+        numbers_.push_back(at == 0 ? numbers.values[g][i] : 0.0);
+        number_at_.push_back(at);
+      }
+    }
+    for (const Plan::Source& source : plan.sources()) {
+      sources_.push_back({rows + source.row, first_[static_cast<size_t>(source.group)]});
+    }
+    const size_t own = plan.active().size();
+    for (size_t k = 0; k < own; ++k) rows_[static_cast<size_t>(rows) + k].step = plan.count_at(k);
+    rows += static_cast<int64_t>(own);
+    records_ += plan.record_count();
+  }
+}
+
+void Image::draw(std::span<const Drawn> plans, cpu::Tables& tables, std::span<const Member> members,
+                 bool stochastic) {
+  gather(plans, tables);
   cut(tables);
   if (!stochastic) tables.identities.clear();
 
@@ -131,7 +143,8 @@ void Image::draw(const Plan& plan, cpu::Tables& tables, const GroupNumbers& numb
     shape_.per_tensor = std::max(shape_.per_tensor, wanted);
   }
   hypers_ = static_cast<int64_t>(tables.hypers.size());
-  records_ = plan.record_count();
+  shape_.member_count = static_cast<int64_t>(plans.size());
+  several_ = !members.empty();
   stochastic_ = stochastic;
 
   Tables unplaced;
@@ -139,13 +152,15 @@ void Image::draw(const Plan& plan, cpu::Tables& tables, const GroupNumbers& numb
 
   moved_.clear();
   moved_row_ = -1;
-  lay_out({bytes_of(numbers_), bytes_of(number_at_), bytes_of(tables.addresses), bytes_of(rows_),
-           bytes_of(tables.scalars), bytes_of(tables.hyper_rows), bytes_of(sources_),
-           bytes_of(tables.identities), bytes_of(items_)});
+  lay_out({bytes_of(numbers_), bytes_of(number_at_), static_cast<int64_t>(members.size_bytes()),
+           bytes_of(tables.addresses), bytes_of(rows_), bytes_of(tables.scalars),
+           bytes_of(tables.hyper_rows), bytes_of(sources_), bytes_of(tables.identities),
+           bytes_of(items_)});
   begin_ = table_bytes();
   end_ = 0;
   put(kNumbers, numbers_.data(), "a number of a group (lr, betas, weight_decay ...)", 0);
   put(kNumberAt, number_at_.data(), "the tensor of a group's number", 0);
+  put(kMembers, members.data(), "what one of the models is asked for (max_norm, a scale ...)", 0);
   put(kAddresses, tables.addresses.data(), "memory", tables.width());
   put(kRows, rows_.data(), "the size or the step counter of the parameter",
       static_cast<int64_t>(sizeof(Row) / 8));
@@ -182,6 +197,7 @@ Tables Image::at(char* tables, char* scratch, Outcome* outcome) const {
   made.sources = static_cast<const HyperSource*>(from(kSources));
   made.identities = stochastic_ ? static_cast<const int64_t*>(from(kIdentities)) : nullptr;
   made.items = static_cast<const int64_t*>(from(kItems));
+  made.members = several_ ? static_cast<const Member*>(from(kMembers)) : nullptr;
   place(scratch, &made);
   made.outcome = outcome;
   return made;
@@ -195,9 +211,10 @@ int64_t Image::place(char* scratch, Tables* made) const {
     offset += rounded(bytes);
     return at;
   };
-  made->tickets = static_cast<uint32_t*>(next(2 * sizeof(uint32_t)));
+  const int64_t members = shape_.member_count;
+  made->tickets = static_cast<uint32_t*>(next((1 + members) * int64_t{sizeof(uint32_t)}));
   made->row_tickets = static_cast<uint32_t*>(next(records_ * int64_t{sizeof(uint32_t)}));
-  made->control = static_cast<Control*>(next(sizeof(Control)));
+  made->control = static_cast<Control*>(next(members * int64_t{sizeof(Control)}));
   made->grad_sums = static_cast<double*>(next(records_ * int64_t{sizeof(double)}));
   made->row_sums = static_cast<double*>(next(shape_.row_count * shape_.per_tensor * 8));
   made->hypers = static_cast<double*>(next(hypers_ * int64_t{sizeof(double)}));

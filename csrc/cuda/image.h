@@ -4,6 +4,7 @@
 #pragma once
 #include <stdint.h>
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,12 @@ namespace pyupdate::cuda {
 struct GroupNumbers {
   const std::vector<std::vector<double>>& values;
   const std::vector<std::vector<int64_t>>& at;
+};
+
+// A plan whose rows stand in the tables of an image, behind those of the plans before it.
+struct Drawn {
+  Plan& plan;
+  GroupNumbers numbers;
 };
 
 // The buckets of rows of these kinds (rule * cpu::kStorages + storage), by their first rows;
@@ -32,8 +39,10 @@ void each_stage(const std::vector<Bucket>& buckets, F&& launch) {
 
 class Image {
  public:
-  // Draws the tables of a plan that was refreshed just now.
-  void draw(const Plan& plan, cpu::Tables& tables, const GroupNumbers& numbers, bool stochastic);
+  // Draws the tables of plans that were refreshed just now. `tables` has the rows of all of them;
+  // `members` is empty where there is one plan.
+  void draw(std::span<const Drawn> plans, cpu::Tables& tables, std::span<const Member> members,
+            bool stochastic);
 
   // The bytes that are not as they were sent; none where begin == end.
   int64_t begin() const { return begin_; }
@@ -59,6 +68,7 @@ class Image {
   enum Section {
     kNumbers,
     kNumberAt,
+    kMembers,
     kAddresses,
     kRows,
     kScalars,
@@ -68,6 +78,7 @@ class Image {
     kItems,
     kSections
   };
+  void gather(std::span<const Drawn> plans, const cpu::Tables& tables);
   void lay_out(const int64_t (&sizes)[kSections]);
   void put(Section section, const void* from, const char* moved, int64_t width);
   void cut(const cpu::Tables& tables);
@@ -81,10 +92,12 @@ class Image {
   bool all_ = true;
   std::string moved_;
   int64_t moved_row_ = -1;
+  bool several_ = false;  // whether there are members
   bool stochastic_ = false;
   std::vector<int64_t> items_;
   std::vector<Bucket> buckets_;
   std::vector<int64_t> kinds_, sizes_;  // of the rows: what the work was cut for
+  std::vector<int64_t> first_;          // of each group of a plan, its numbers' place
   std::vector<Row> rows_;
   std::vector<double> numbers_;
   std::vector<int64_t> number_at_;

@@ -47,42 +47,6 @@ struct Outcome {
   float skipped;
 };
 
-// Pointers into device memory, all aligned to 16 bytes. "Zeroed" ones are set to zero once when
-// they are made, and left as they were by every launch.
-struct Tables {
-  // ----- sent by the host
-  const Row* rows;             // in plan order; Row::layout must be -1 (see below)
-  const int64_t* addresses;    // `width` of them a row (Role); the average, if any, is the last
-  const int64_t* scalars;      // `scalars_width` of them a row: addresses, tagged like Row::step
-  const int64_t* items;        // work: row << 32 | chunk of the row, those of a bucket together
-  HyperRow* hyper_rows;        // `step` is written: the step that is made
-  const HyperSource* sources;  // a hyper row each
-  // A number is numbers[i], or what stands at number_at[i], a tagged address, where that is not 0.
-  const double* numbers;
-  const int64_t* number_at;
-  const int64_t* identities;  // a row each, of stochastic rounding (cpu/run.h); null without
-  // ----- written on the device
-  double* hypers;         // as in plan.h: at HyperRow::offset, hypers and then counted scalars
-  double* chunk_sums;     // `chunks` x max(1, per_tensor)
-  double* grad_sums;      // a row each: its part of the norm
-  double* row_sums;       // `per_tensor` a row: sums and values of turns
-  uint32_t* row_tickets;  // a row each, zeroed
-  uint32_t* tickets;      // two, zeroed: blocks that are done, and whether one met an inf or nan
-  Control* control;
-  Outcome* outcome;
-  // ----- how many
-  int64_t row_count, width, scalars_width, hyper_count;
-  int64_t chunks;      // of all rows: the last row's Row::chunk + chunks_of(its size)
-  int64_t per_tensor;  // the most that a rule of the plan has
-  int64_t averages;    // not 0: the last of the addresses is that of an average
-};
-
-// Every role of a row is flat memory in one element order: the kernels know no strides. A row that
-// is not (a gradient with other strides than its parameter) the caller gathers first, or leaves to
-// the reference back end.
-
-PYUPDATE_HD int64_t chunks_of(int64_t size) { return size <= 0 ? 1 : (size + kChunk - 1) / kChunk; }
-
 struct Request {
   // Not 0: what the flags of cpu/run.h's Request say.
   int32_t reduce = 0;
@@ -105,6 +69,50 @@ struct Request {
   double ema_weight = 0.0;
   double multiplier = 1.0;  // times what unscales, where `reduce` is 0
 };
+
+// One of the plans that are stepped as one: a norm, a multiplier and a skip of its own.
+struct Member {
+  Request request;
+  int64_t rows_end;  // index behind its last row; the next one's rows follow
+};
+
+// Pointers into device memory, all aligned to 16 bytes. "Zeroed" ones are set to zero once when
+// they are made, and left as they were by every launch.
+struct Tables {
+  // ----- sent by the host
+  const Row* rows;             // in plan order; Row::layout must be -1 (see below)
+  const int64_t* addresses;    // `width` of them a row (Role); the average, if any, is the last
+  const int64_t* scalars;      // `scalars_width` of them a row: addresses, tagged like Row::step
+  const int64_t* items;        // work: row << 32 | chunk of the row, those of a bucket together
+  HyperRow* hyper_rows;        // `step` is written: the step that is made
+  const HyperSource* sources;  // a hyper row each
+  // A number is numbers[i], or what stands at number_at[i], a tagged address, where that is not 0.
+  const double* numbers;
+  const int64_t* number_at;
+  const int64_t* identities;  // a row each, of stochastic rounding (cpu/run.h); null without
+  const Member* members;      // where there are several; null where a launch's Request is all
+  // ----- written on the device
+  double* hypers;         // as in plan.h: at HyperRow::offset, hypers and then counted scalars
+  double* chunk_sums;     // `chunks` x max(1, per_tensor)
+  double* grad_sums;      // a row each: its part of the norm
+  double* row_sums;       // `per_tensor` a row: sums and values of turns
+  uint32_t* row_tickets;  // a row each, zeroed
+  uint32_t* tickets;      // zeroed: blocks that are done; a member each: whether one met inf or nan
+  Control* control;       // a member each
+  Outcome* outcome;       // a member each
+  // ----- how many
+  int64_t row_count, width, scalars_width, hyper_count;
+  int64_t chunks;      // of all rows: the last row's Row::chunk + chunks_of(its size)
+  int64_t per_tensor;  // the most that a rule of the plan has
+  int64_t averages;    // not 0: the last of the addresses is that of an average, or 0 for none
+  int64_t member_count;
+};
+
+// Every role of a row is flat memory in one element order: the kernels know no strides. A row that
+// is not (a gradient with other strides than its parameter) the caller gathers first, or leaves to
+// the reference back end.
+
+PYUPDATE_HD int64_t chunks_of(int64_t size) { return size <= 0 ? 1 : (size + kChunk - 1) / kChunk; }
 
 // Rows of one rule and storage: items [begin, end).
 struct Bucket {

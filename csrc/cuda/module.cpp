@@ -10,10 +10,8 @@
 #include <vector>
 
 #include "../plan_object.h"
-#include "failure.h"
-#include "image.h"
-#include "launch.h"
 #include "runtime.h"
+#include "sent.h"
 
 #ifndef PYUPDATE_MODULE_NAME
 #define PYUPDATE_MODULE_NAME _cuda
@@ -21,9 +19,6 @@
 
 namespace pyupdate::cuda {
 namespace {
-
-// Blocks that are resident on a multiprocessor: of 256 threads with 64 registers each.
-constexpr int kBlocks = 4;
 
 std::vector<RuleShape> shapes() {
   std::vector<RuleShape> found;
@@ -35,26 +30,14 @@ std::vector<RuleShape> shapes() {
   return found;
 }
 
-// A launch that failed says which kernel it was.
-void check(const Launched& launched) {
-  if (launched.code == 0) return;
-  throw failure(std::string("CUDA kernel '") + launched.kernel + "' could not be launched",
-                launched.code, launched.text);
-}
-
-// Addresses on the device: of the Outcome, the scale and found_inf of a step; 0 for none.
-using Places = std::tuple<int64_t, int64_t, int64_t>;
-
 class DevicePlan {
  public:
   explicit DevicePlan(std::unique_ptr<Plan> plan)
-      : plan_(std::move(plan)),
-        blocks_(kBlocks * std::max(1, multiprocessors(plan_->device().id))) {}
+      : plan_(std::move(plan)), sent_(most_blocks(plan_->device().id)) {}
 
   using Noticed = std::pair<Found, std::vector<int64_t>>;
-  using NumberAt = std::vector<std::vector<int64_t>>;
 
-  // The whole step. `send` is called only where something moved; see `ready`.
+  // The whole step. `send` is called only where something moved; see Sent::ready.
   Noticed step(const py::list& groups, const py::dict& state, const Numbers& numbers,
                const NumberAt& number_at, const Wanted& wanted, const Places& places,
                const py::function& send) {
@@ -85,8 +68,8 @@ class DevicePlan {
     request.reduce = request.leave_open = 1;
     const OnDevice current(plan_->device().id);
     const Tables tables = ready(numbers, number_at, request, places, send);
-    check(cuda::reduce(tables, request, image_.items(), blocks_, stream()));
-    return reinterpret_cast<char*>(tables.grad_sums) - scratch_;
+    sent_.reduce(tables, request, stream_of(*plan_));
+    return reinterpret_cast<const char*>(tables.grad_sums) - sent_.scratch();
   }
 
   // The rest of a step after `reduce`, by the sums of several plans' rows, `count` of them at an
@@ -96,11 +79,12 @@ class DevicePlan {
     const Busy busy(*plan_);
     const Request request = request_of(wanted, places);
     const OnDevice current(plan_->device().id);
-    const Tables tables =
-        image_.at(tables_, scratch_, reinterpret_cast<Outcome*>(std::get<0>(places)));
+    const Tables tables = sent_.tables(reinterpret_cast<Outcome*>(std::get<0>(places)));
+    void* const stream = stream_of(*plan_);
     check(cuda::finish(tables, request, reinterpret_cast<double*>(sums), count,
-                       reinterpret_cast<uint32_t*>(nonfinite), stream()));
-    apply_all(tables, request);
+                       reinterpret_cast<uint32_t*>(nonfinite), stream));
+    sent_.apply(tables, request.reduce != 0, stream);
+    plan_->stepped();
   }
 
   // The apply pass alone, with a multiplier that somebody made of several plans' sums.
@@ -141,44 +125,22 @@ class DevicePlan {
     return found;
   }
 
-  // The bytes [begin, end) of the tables, for whoever sends them.
-  void copy(int64_t to, int64_t begin, int64_t end) const {
-    if (begin < 0 || end > image_.table_bytes() || begin > end) throw py::index_error("bytes");
-    std::copy(image_.data() + begin, image_.data() + end, reinterpret_cast<char*>(to));
-  }
+  void copy(int64_t to, int64_t begin, int64_t end) const { sent_.copy(to, begin, end); }
 
+  Plan& plan() { return *plan_; }
   bool capturing() const {
     const OnDevice current(plan_->device().id);
-    return is_capturing(stream());
+    return is_capturing(stream_of(*plan_));
   }
   void set_counts(int64_t address) { plan_->set_counts(address); }
   void state_was_made(bool made) { plan_->state_was_made(made); }
   void vouch() { plan_->vouch(); }
   std::vector<int32_t> active() const { return plan_->active(); }
-  int64_t bytes() const { return plan_->bytes() + image_.table_bytes(); }
+  int64_t bytes() const { return plan_->bytes() + sent_.image().table_bytes(); }
   int traverse(visitproc visit, void* arg) const { return plan_->traverse(visit, arg); }
   void clear() { plan_->clear(); }
 
  private:
-  static Request request_of(const Wanted& wanted, const Places& places) {
-    Request request;
-    const auto& [reduce, skip, finite_norm, inf_norm, unscale, max_norm, clip_value, ema_weight,
-                 stochastic, seed] = wanted;
-    request.reduce = reduce;
-    request.skip_nonfinite = skip;
-    request.finite_norm = finite_norm;
-    request.inf_norm = inf_norm;
-    request.stochastic = stochastic;
-    request.seed = seed;
-    request.unscale = unscale;
-    request.max_norm = max_norm;
-    request.clip_value = clip_value;
-    request.ema_weight = ema_weight;
-    request.scale = reinterpret_cast<const float*>(std::get<1>(places));
-    request.found_inf = reinterpret_cast<const float*>(std::get<2>(places));
-    return request;
-  }
-
   static int64_t bytes_of_type(DataType type) { return type.bits / 8; }
 
   // An element of every role that a stage reads, and of every one that it writes.
@@ -197,17 +159,6 @@ class DevicePlan {
     return 2 * std::max<int64_t>(4, bytes_of_type(kStorageTypes[storage].param));
   }
 
-  void* stream() const {
-    void* found = nullptr;
-    const dlpack::Device& device = plan_->device();
-    const dlpack::ExchangeApi& exchange = plan_->exchange();
-    if (device.type != dlpack::kCuda || exchange.current_work_stream == nullptr) return nullptr;
-    if (exchange.current_work_stream(device.type, device.id, &found) != 0) {
-      throw py::error_already_set();
-    }
-    return found;
-  }
-
   void refresh_again(const py::list& groups, const py::dict& state, const Numbers& numbers,
                      bool fresh_is_fine) {
     const Found found = plan_->refresh(groups.ptr(), state.ptr(), numbers);
@@ -215,59 +166,39 @@ class DevicePlan {
     throw std::runtime_error("the optimizer was changed by another thread during its step");
   }
 
-  // The tables for a launch. Where they are not as they were sent, `send` is asked to make it so:
-  // (bytes of the tables, bytes of the device's own, begin, end, whether a graph is captured, what
-  // moved, the record it moved of or -1, counts to set) -> addresses of both pieces of memory.
   Tables ready(const Numbers& numbers, const NumberAt& number_at, const Request& request,
                const Places& places, const py::function& send) {
-    if (number_at.size() != numbers.size()) throw py::value_error("number_at: one a group");
     if (request.stochastic != 0) plan_->identify();
-    image_.draw(*plan_, plan_->tables(), {numbers, number_at}, request.stochastic != 0);
-    auto& recounts = plan_->recounts();
-    const bool grows = image_.scratch_bytes() > scratch_bytes_;
-    if (image_.begin() != image_.end() || grows || !recounts.empty()) {
-      const int64_t k = image_.moved_row();
-      const int64_t r = k < 0 ? -1 : plan_->active()[static_cast<size_t>(k)];
-      try {
-        const auto [tables, scratch] = py::cast<std::pair<int64_t, int64_t>>(
-            send(image_.table_bytes(), image_.scratch_bytes(), image_.begin(), image_.end(),
-                 capturing(), image_.moved(), r, recounts));
-        tables_ = reinterpret_cast<char*>(tables);
-        scratch_ = reinterpret_cast<char*>(scratch);
-      } catch (...) {
-        image_.must_be_sent();
-        throw;
-      }
-      scratch_bytes_ = std::max(scratch_bytes_, image_.scratch_bytes());
-      recounts.clear();
-      image_.was_sent();
-    }
-    return image_.at(tables_, scratch_, reinterpret_cast<Outcome*>(std::get<0>(places)));
+    const Drawn drawn{*plan_, {numbers, number_at}};
+    return sent_.ready({&drawn, 1}, plan_->tables(), {}, request.stochastic != 0,
+                       reinterpret_cast<Outcome*>(std::get<0>(places)), send);
   }
 
   void run(const Numbers& numbers, const NumberAt& number_at, const Request& request,
            const Places& places, const py::function& send) {
     const OnDevice current(plan_->device().id);
     const Tables tables = ready(numbers, number_at, request, places, send);
-    check(cuda::reduce(tables, request, image_.items(), blocks_, stream()));
-    apply_all(tables, request);
-  }
-
-  void apply_all(const Tables& tables, const Request& request) {
-    void* const on = stream();
-    each_stage(image_.buckets(), [&](const Bucket& bucket, int stage) {
-      check(cuda::apply(tables, bucket, stage, request.reduce != 0, blocks_, on));
-    });
+    void* const stream = stream_of(*plan_);
+    sent_.reduce(tables, request, stream);
+    sent_.apply(tables, request.reduce != 0, stream);
     plan_->stepped();
   }
 
   std::unique_ptr<Plan> plan_;
-  Image image_;
-  int blocks_;
-  char* tables_ = nullptr;
-  char* scratch_ = nullptr;
-  int64_t scratch_bytes_ = 0;
+  Sent sent_;
 };
+
+// A plan's part of a joint step: what a step of its own is given.
+using Joined = std::tuple<DevicePlan*, py::list, py::dict, Numbers, NumberAt, Wanted, Places>;
+
+bool step_together(Joint& joint, const std::vector<Joined>& joined, int64_t outcomes,
+                   const py::function& send) {
+  std::vector<Joint::Step> steps;
+  for (const auto& [plan, groups, state, numbers, number_at, wanted, places] : joined) {
+    steps.push_back({plan->plan(), groups, state, numbers, number_at, request_of(wanted, places)});
+  }
+  return joint.step(steps, reinterpret_cast<Outcome*>(outcomes), send);
+}
 
 std::unique_ptr<DevicePlan> make(const std::pair<int32_t, int32_t>& device,
                                  const py::handle& tensor_type, const py::list& types,
@@ -306,6 +237,7 @@ py::dict build_info() {
 PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   using namespace pyupdate;
   using cuda::DevicePlan;
+  using cuda::Joint;
   m.doc() = "CUDA passes of pyupdate: plans of torch parameters on one device, stepped there.";
 
   name_found(m);
@@ -334,6 +266,12 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("vouch", &DevicePlan::vouch)
       .def("active", &DevicePlan::active)
       .def("nbytes", &DevicePlan::bytes);
+
+  py::class_<Joint>(m, "Joint", py::module_local())
+      .def(py::init<int>(), py::arg("device"))
+      .def("step", &cuda::step_together, py::arg("joined"), py::arg("outcomes"), py::arg("send"))
+      .def("copy", &Joint::copy, py::arg("to"), py::arg("begin"), py::arg("end"))
+      .def("nbytes", &Joint::bytes);
 
   m.def("why_no_device", &cuda::why_no_device);
   m.def("digests", &cuda::digests);

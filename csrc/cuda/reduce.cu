@@ -37,19 +37,30 @@ __device__ __forceinline__ bool reduce_chunk(const typename Storage::Grad* grad,
   return nonfinite;
 }
 
+// What a Request asks of a chunk. A choice between whole requests would be one of addresses, for
+// which sm_100 copies the launch's own to local memory.
+struct Asked {
+  bool reduce, inf_norm;
+  double unscale;
+
+  static __device__ __forceinline__ Asked of(const Request& request) {
+    return {request.reduce != 0, request.inf_norm != 0, unscale_of(request)};
+  }
+};
+
 template <class Storage>
-__device__ __forceinline__ double sum_of_chunk(int64_t address, int count, const Request& request,
+__device__ __forceinline__ double sum_of_chunk(int64_t address, int count, const Asked& asked,
                                                void* shared, double (&tree)[kThreads],
                                                bool& nonfinite) {
   using T = typename Storage::Compute;
   const auto* grad = reinterpret_cast<const typename Storage::Grad*>(address);
-  const double unscale = unscale_of(request);
   T* lanes = static_cast<T*>(shared);
-  if (request.inf_norm != 0) {
-    nonfinite |= reduce_chunk<magnitude_stage, Storage>(grad, count, unscale, shared, Larger());
+  if (asked.inf_norm) {
+    nonfinite |=
+        reduce_chunk<magnitude_stage, Storage>(grad, count, asked.unscale, shared, Larger());
     return join_lanes(lanes, tree, Larger());
   }
-  nonfinite |= reduce_chunk<squared_stage, Storage>(grad, count, unscale, shared, Added());
+  nonfinite |= reduce_chunk<squared_stage, Storage>(grad, count, asked.unscale, shared, Added());
   return join_lanes(lanes, tree, Added());
 }
 
@@ -62,14 +73,14 @@ __device__ __forceinline__ int64_t gradients_of(int64_t storage) {
 
 template <class... Storage>
 __device__ __forceinline__ double sum_of_any(int64_t storage, int64_t address, int64_t begin,
-                                             int count, const Request& request, void* shared,
+                                             int count, const Asked& asked, void* shared,
                                              double (&tree)[kThreads], bool& nonfinite,
                                              List<Storage...>) {
   double sum = 0.0;
   int64_t index = 0;
   ((storage == index++ ? void(sum = sum_of_chunk<Storage>(
                                   address + begin * int64_t{sizeof(typename Storage::Grad)}, count,
-                                  request, shared, tree, nonfinite))
+                                  asked, shared, tree, nonfinite))
                        : void()),
    ...);
   return sum;
@@ -89,24 +100,27 @@ __device__ __forceinline__ void reduce_items(const Reduce& work, double (&tree)[
   const Tables& tables = work.tables;
   for (int i = static_cast<int>(threadIdx.x); i < kLanes; i += kThreads) lanes[i] = 0.0;
   __syncthreads();
-  bool nonfinite = false;
   for (int64_t item = blockIdx.x; item < work.items; item += gridDim.x) {
     const Chunk chunk = Chunk::of(tables, item);
     const Row& row = tables.rows[chunk.row];
-    const int64_t storage = gradients_of(tables.hyper_rows[row.hyper].storage);
+    const HyperRow& hyper = tables.hyper_rows[row.hyper];
+    const Asked asked = tables.members == nullptr ? Asked::of(work.request)
+                                                  : Asked::of(tables.members[hyper.member].request);
+    if (!asked.reduce) continue;
+    bool nonfinite = false;
     const double sum =
-        sum_of_any(storage, tables.addresses[chunk.row * tables.width + kGrad], chunk.begin,
-                   chunk.count, work.request, lanes, tree, nonfinite, Gradients());
+        sum_of_any(gradients_of(hyper.storage), tables.addresses[chunk.row * tables.width + kGrad],
+                   chunk.begin, chunk.count, asked, lanes, tree, nonfinite, Gradients());
+    if (nonfinite) atomicExch(&tables.tickets[1 + hyper.member], 1u);
     if (threadIdx.x >= kWarp) continue;
     double* sums = tables.chunk_sums + row.chunk;
     const int64_t chunks = chunks_of(row.size);
     if (threadIdx.x == 0) sums[chunk.index] = sum;
     if (!is_last(tables.row_tickets + chunk.row, chunks)) continue;
-    const double total = work.request.inf_norm != 0 ? join_chunks(sums, chunks, Larger())
-                                                    : join_chunks(sums, chunks, Added());
+    const double total =
+        asked.inf_norm ? join_chunks(sums, chunks, Larger()) : join_chunks(sums, chunks, Added());
     if (threadIdx.x == 0) tables.grad_sums[chunk.row] = total;
   }
-  if (nonfinite) atomicExch(&tables.tickets[1], 1u);
 }
 
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const Reduce work) {

@@ -7,7 +7,6 @@ tables to be sent where one moved. Multiplier, skip, step counts and hypers are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -17,18 +16,18 @@ import torch
 from ..kernels.language import Rule
 from ..kernels.rules import RULES
 from ..options import LastUpdate
+from ..pytorch.joining import Joining
 from ..pytorch.new_state import make_state
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row
 from . import AUTO, say_once
 from .compiled import plan_of, runs_of, settle
+from .cuda_memory import Memory, refuse_capture
+from .cuda_step import Asked, address, can_be_read_there, new_outcomes, what_was_done
+from .cuda_together import Together
 from .plain import is_plain
 
 _DLPACK = {"cpu": 1, "cuda": 2}
-_OUTCOME = 3
-"""Doubles of launch.h's Outcome: norm, multiplier, and two floats that share the last."""
-_FOUND_INF, _SKIPPED = 4, 5
-"""Their places, counted in floats."""
 _FLAG = slice(4, 8)
 """Where the device's own memory says, in bytes, that a reduce pass met an inf or nan."""
 
@@ -117,21 +116,24 @@ class Part:
         self._rules = rules
         self._device = device
         self._found = module.Found
-        self._tables = torch.empty(0, dtype=torch.uint8, device=device)
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._module = module
+        self._memory = Memory(device)
+        self._together: Together | None = None
         self._outcome: torch.Tensor | None = None  # of a step that several devices make
         self._scale: torch.Tensor | None = None
         self._counts = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        self._plan = plan_of(
+        self.plan = plan_of(
             module.Plan, rows, rules, averages, device=(_DLPACK[device.type], device.index or 0)
         )
-        self._plan.set_counts(self._counts.data_ptr())
+        """The compiled one."""
+        self.plan.set_counts(self._counts.data_ptr())
 
     @property
     def nbytes(self) -> int:
         """Memory of its tables, on the host and on the device."""
-        tensors = (self._tables, self._scratch, self._counts)
-        return int(self._plan.nbytes()) + sum(t.numel() * t.element_size() for t in tensors)
+        tensors = (self._memory.tables, self._memory.scratch, self._counts)
+        joint = 0 if self._together is None else self._together.nbytes
+        return joint + int(self.plan.nbytes()) + sum(t.nbytes for t in tensors)
 
     # ----- one step -----------------------------------------------------------------------------
 
@@ -139,16 +141,13 @@ class Part:
         """The whole step; None, and nothing done, where it must be made in parts."""
         if not can_be_read_there(scaling):
             return None
-        request = request._replace(unscale=request.unscale / scaling.divisor)
-        scale, flag = scaling.scale_on(self._device), scaling.found_on(self._device)
-        outcome = self._new_outcome()
-        places = (outcome.data_ptr(), _address(scale), _address(flag))
-        numbers, number_at = self._numbers(inputs)
+        outcome = new_outcomes(self._device)
+        asked = self.asked(inputs, request, scaling, outcome)
         made: list[tuple[torch.Tensor, str]] = []
         try:
             while True:
-                found, noticed = self._plan.step(
-                    inputs.groups, inputs.state, numbers, number_at, request, places, self._send
+                found, noticed = self.plan.step(
+                    inputs.groups, inputs.state, *asked.of_plan, self._send
                 )
                 if found == self._found.READY:
                     break
@@ -157,11 +156,39 @@ class Part:
                 else:
                     self._settle(found, noticed, inputs)
         except BaseException:
-            self._plan.state_was_made(False)
+            self.plan.state_was_made(False)
             for param, key in made:
                 inputs.state[param].pop(key, None)
             raise
-        return _what_was_done(outcome, request, scaling, flag)
+        return what_was_done(outcome, asked.request, scaling, asked.flag)
+
+    def asked(
+        self,
+        inputs: Inputs,
+        request: Request,
+        scaling: Scaling,
+        outcome: torch.Tensor | None = None,
+    ) -> Asked:
+        """What its plan is asked for in a step, which leaves what it did in `outcome`."""
+        numbers, number_at = self._numbers(inputs)
+        request = request._replace(unscale=request.unscale / scaling.divisor)
+        scale, flag = scaling.scale_on(self._device), scaling.found_on(self._device)
+        return Asked(numbers, number_at, request, outcome, scale, flag)
+
+    @staticmethod
+    def step_together(joinings: Sequence[Joining]) -> list[LastUpdate] | None:
+        """Whole steps of several parts in the launches of one; see `Joining`."""
+        parts: list[Part] = [one.part for one in joinings]
+        first = parts[0]
+        if any(
+            part._device != first._device or part._module is not first._module for part in parts
+        ):
+            return None
+        if not all(can_be_read_there(one.scaling) for one in joinings):
+            return None
+        if first._together is None or not first._together.is_of(parts):
+            first._together = Together(parts, first._device, first._module)
+        return first._together.step(joinings)
 
     # ----- a step of several devices (cuda_devices.py) ------------------------------------------
 
@@ -173,19 +200,19 @@ class Part:
     def reduce_there(self, inputs: Inputs, request: Request, scaling: Scaling) -> torch.Tensor:
         """What each row with a gradient adds to the norm, on the device."""
         scale = scaling.scale_on(self._device)
-        self._outcome = self._new_outcome()
+        self._outcome = new_outcomes(self._device)
         self._scale = scale
         numbers, number_at = self._numbers(inputs)
-        begin = self._plan.reduce(
+        begin = self.plan.reduce(
             inputs.groups,
             inputs.state,
             numbers,
             number_at,
             request._replace(unscale=request.unscale / scaling.divisor),
-            (self._outcome.data_ptr(), _address(scale), 0),
+            (self._outcome.data_ptr(), address(scale), 0),
             self._send,
         )
-        return self._scratch[begin : begin + 8 * len(self.active())].view(torch.float64)
+        return self._memory.scratch[begin : begin + 8 * len(self.active())].view(torch.float64)
 
     def finish_there(
         self, request: Request, scaling: Scaling, sums: torch.Tensor, found: torch.Tensor
@@ -195,30 +222,30 @@ class Part:
         flag = scaling.found_on(self._device)
         outcome, scale = self._outcome, self._scale
         assert outcome is not None
-        self._plan.finish(
+        self.plan.finish(
             request,
-            (outcome.data_ptr(), _address(scale), _address(flag)),
+            (outcome.data_ptr(), address(scale), address(flag)),
             sums.data_ptr(),
             sums.numel(),
             found.data_ptr(),
         )
         self._outcome = self._scale = None
-        return _what_was_done(outcome, request, scaling, flag)
+        return what_was_done(outcome, request, scaling, flag)
 
     @property
     def flag(self) -> torch.Tensor:
         """Whether its last reduce pass met an inf or nan; one number on the device."""
-        return self._scratch[_FLAG].view(torch.int32)
+        return self._memory.scratch[_FLAG].view(torch.int32)
 
     def forget_reduce(self) -> None:
         """After `reduce_there`, where the step is not made; what a check found absent stays so."""
-        self._plan.state_was_made(False)
-        if self._scratch.numel():
-            self._scratch[_FLAG].zero_()
+        self.plan.state_was_made(False)
+        if self._memory.scratch.numel():
+            self._memory.scratch[_FLAG].zero_()
 
     def active(self) -> list[int]:
         """The rows that have a gradient."""
-        active: list[int] = self._plan.active()
+        active: list[int] = self.plan.active()
         return active
 
     def sent(self, host: torch.Tensor) -> torch.Tensor:
@@ -229,8 +256,8 @@ class Part:
 
     def refuse_while_capturing(self, what: str) -> None:
         """Refuse what must be sent while a graph is captured."""
-        if self._plan.capturing():
-            self._refuse_capture(f"{what} is another one")
+        if self.plan.capturing():
+            refuse_capture(f"{what} is another one")
 
     # ----- in parts -----------------------------------------------------------------------------
 
@@ -238,34 +265,34 @@ class Part:
         self, rows: Sequence[int], inputs: Inputs, made: list[tuple[torch.Tensor, str]]
     ) -> None:
         """Of a first step, which may yet be skipped: zeros, and a step count of 0."""
-        if self._plan.capturing():
-            self._refuse_capture(f"the state of '{self.rows[rows[0]].name}' is not made yet")
-        self._plan.state_was_made(True)
+        if self.plan.capturing():
+            refuse_capture(f"the state of '{self.rows[rows[0]].name}' is not made yet")
+        self.plan.state_was_made(True)
         make_state([self.rows[r] for r in rows], self._rules, inputs, made)
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
         while True:
-            found, noticed = self._plan.check(inputs.groups, inputs.state, self._numbers(inputs)[0])
+            found, noticed = self.plan.check(inputs.groups, inputs.state, self._numbers(inputs)[0])
             if found in (self._found.READY, self._found.FRESH):
                 return list(noticed)
             self._settle(found, noticed, inputs)
 
     def state_was_made(self) -> None:
         """Tell it that what the last check found absent is made now, in its first step."""
-        self._plan.state_was_made(True)
+        self.plan.state_was_made(True)
 
     def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
         """After a `check`: whether an inf or nan was found, and what each row adds to the norm.
 
         Waits for the device: a norm over several devices is made on the host.
         """
-        active = self._plan.active()
+        active = self.plan.active()
         if not active:
             return False, {}
-        outcome = self._new_outcome()
+        outcome = new_outcomes(self._device)
         numbers, number_at = self._numbers(inputs)
-        begin = self._plan.reduce(
+        begin = self.plan.reduce(
             inputs.groups,
             inputs.state,
             numbers,
@@ -274,19 +301,19 @@ class Part:
             (outcome.data_ptr(), 0, 0),
             self._send,
         )
-        sums = self._scratch[begin : begin + 8 * len(active)].view(torch.float64).tolist()
-        flag = self._scratch[_FLAG]
+        sums = self._memory.scratch[begin : begin + 8 * len(active)].view(torch.float64).tolist()
+        flag = self._memory.scratch[_FLAG]
         nonfinite = any(flag.tolist())
         flag.zero_()
         return nonfinite, dict(zip(active, sums, strict=True))
 
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
-        if not self._plan.active():
+        if not self.plan.active():
             return
-        outcome = self._new_outcome()
+        outcome = new_outcomes(self._device)
         numbers, number_at = self._numbers(inputs)
-        self._plan.apply(
+        self.plan.apply(
             inputs.groups,
             inputs.state,
             numbers,
@@ -296,10 +323,6 @@ class Part:
             (outcome.data_ptr(), 0, 0),
             self._send,
         )
-
-    def _new_outcome(self) -> torch.Tensor:
-        """A step's own, so that what was left of the one before can still be read."""
-        return torch.empty(_OUTCOME, dtype=torch.float64, device=self._device)
 
     def _numbers(self, inputs: Inputs) -> tuple[list[list[float]], list[list[int]]]:
         """The groups' numbers, and where one stands on the device, to be read there."""
@@ -330,67 +353,25 @@ class Part:
             The addresses of the tables and of the device's own memory.
         """
         if capturing:
-            whose = f" of '{self.rows[record].name}'" if record >= 0 else ""
-            self._refuse_capture(f"{moved or 'a step count'}{whose} is another one")
-        if table_bytes > self._tables.numel():
-            self._tables = torch.empty(table_bytes, dtype=torch.uint8, device=self._device)
-            begin, end = 0, table_bytes
-        if scratch_bytes > self._scratch.numel():
-            self._scratch = torch.zeros(scratch_bytes, dtype=torch.uint8, device=self._device)
+            self.refuse_send(moved, record)
+        self.set_counts(counts)
+        return self._memory.bring(self.plan.copy, table_bytes, scratch_bytes, begin, end)
+
+    def refuse_send(self, moved: str, record: int) -> None:
+        """Refuse what `_send` is asked for, while a graph is captured."""
+        whose = f" of '{self.rows[record].name}'" if record >= 0 else ""
+        refuse_capture(f"{moved or 'a step count'}{whose} is another one")
+
+    def set_counts(self, counts: Sequence[tuple[int, float]]) -> None:
+        """Set the plan's own step counts of these rows."""
         for first, last, count in runs_of(counts):
             self._counts[first:last].fill_(count)
-        if end > begin:
-            # Torch keeps pinned memory until the copy is made.
-            pinned = self._device.type == "cuda"
-            staging = torch.empty(end - begin, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-            self._plan.copy(staging.data_ptr(), begin, end)
-            self._tables[begin:end].copy_(staging, non_blocking=True)
-        return self._tables.data_ptr(), self._scratch.data_ptr()
-
-    def _refuse_capture(self, what: str) -> None:
-        message = (
-            f"while a CUDA graph is captured nothing can be sent to the device, but {what}: step "
-            "before the capture with everything in place (zero_grad(set_to_none=False) keeps the "
-            "gradients where they are; an lr that changes must be a tensor on the device)"
-        )
-        raise RuntimeError(message)
 
     # ----- what is not plainly right ------------------------------------------------------------
 
     def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
         """Say what is wrong, or mend it, or vouch that it is right after all."""
-        settle(self._plan, self._found, found, noticed, self.rows, self._rules, inputs)
-
-
-def can_be_read_there(scaling: Scaling) -> bool:
-    """Whether the device can do with a scaler's scale and flags as they stand there.
-
-    Not where a scaler's gradients are also divided by a number that is no power of two: then the
-    scale is read, because only a division has the right bits.
-    """
-    return scaling.scale is None or math.frexp(scaling.divisor)[0] == 0.5
-
-
-def _what_was_done(
-    outcome: torch.Tensor, request: Request, scaling: Scaling, flag: torch.Tensor | None
-) -> LastUpdate:
-    can_skip = request.skip or request.finite_norm or flag is not None
-    scaled = scaling.check or scaling.scale is not None
-    made_there = request.reduce or scaling.scale is not None
-    return LastUpdate(
-        (lambda: float(outcome[0])) if request.reduce else None,
-        (lambda: bool(_floats(outcome)[_SKIPPED] != 0.0)) if can_skip else False,
-        (lambda: float(outcome[1])) if made_there else request.unscale,
-        flag=_floats(outcome)[_FOUND_INF] if scaled else None,
-    )
-
-
-def _floats(outcome: torch.Tensor) -> torch.Tensor:
-    return outcome.view(torch.float32)
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+        settle(self.plan, self._found, found, noticed, self.rows, self._rules, inputs)
 
 
 def _place_on(device: torch.device, number: float | torch.Tensor) -> int:

@@ -16,7 +16,8 @@ import torch
 from ..options import LastUpdate
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import Inputs
-from .cuda import Part, can_be_read_there
+from .cuda import Part
+from .cuda_step import can_be_read_there
 
 
 class Devices:

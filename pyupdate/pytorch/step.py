@@ -154,7 +154,9 @@ def check_options(kind: type[Optimizer], options: Options) -> None:
             raise ValueError(message)
 
 
-_JOINABLE = frozenset({"max_norm", "norm_type", "clip_value", "skip_nonfinite", "state_dtype"})
+_JOINABLE = frozenset(
+    {"max_norm", "norm_type", "clip_value", "ema_decay", "skip_nonfinite", "state_dtype"}
+)
 """The options that a region of several optimizers' steps knows for each."""
 
 

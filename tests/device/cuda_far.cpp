@@ -66,7 +66,7 @@ int main() {
   tables.tickets = tickets;
   tables.control = &control;
   tables.outcome = &outcome;
-  tables.row_count = tables.hyper_count = 1;
+  tables.row_count = tables.hyper_count = tables.member_count = 1;
   tables.width = 2;
   tables.chunks = cuda::chunks_of(kSize);
   cuda::reduce(tables, cuda::Request{}, 0, 4, nullptr);

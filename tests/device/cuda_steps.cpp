@@ -85,6 +85,32 @@ struct Tensors {
   std::vector<Buffer> scalars;
 };
 
+// A member of the step, and the numbers that stand in memory of their own.
+struct Asked {
+  cuda::Member member{};
+  int64_t stochastic;
+  std::unique_ptr<float> scale, found;
+
+  Asked() {
+    cuda::Request& request = member.request;
+    member.rows_end = get<int64_t>();
+    request.reduce = static_cast<int32_t>(get<int64_t>());
+    request.skip_nonfinite = static_cast<int32_t>(get<int64_t>());
+    request.finite_norm = static_cast<int32_t>(get<int64_t>());
+    request.inf_norm = static_cast<int32_t>(get<int64_t>());
+    stochastic = get<int64_t>();
+    request.seed = get<int64_t>();
+    request.unscale = get<double>();
+    scale = std::make_unique<float>(static_cast<float>(get<double>()));
+    if (*scale != 0.0f) request.scale = scale.get();
+    found = std::make_unique<float>(static_cast<float>(get<double>()));
+    if (*found != 0.0f) request.found_inf = found.get();
+    request.max_norm = get<double>();
+    request.clip_value = get<double>();
+    request.ema_weight = get<double>();
+  }
+};
+
 void run() {
   cuda_on_cpu::order = static_cast<unsigned>(get<int64_t>());
   const auto blocks = static_cast<int>(get<int64_t>());
@@ -94,21 +120,17 @@ void run() {
   tables.hyper_count = get<int64_t>();
   tables.row_count = get<int64_t>();
   const auto apart = get<int64_t>();  // finish by a launch of its own
-  cuda::Request request;
-  request.reduce = static_cast<int32_t>(get<int64_t>());
-  request.skip_nonfinite = static_cast<int32_t>(get<int64_t>());
-  request.finite_norm = static_cast<int32_t>(get<int64_t>());
-  request.inf_norm = static_cast<int32_t>(get<int64_t>());
-  const auto stochastic = get<int64_t>();
-  request.seed = get<int64_t>();
-  request.unscale = get<double>();
-  const auto scale = std::make_unique<float>(static_cast<float>(get<double>()));
-  if (*scale != 0.0f) request.scale = scale.get();
-  const auto found = std::make_unique<float>(static_cast<float>(get<double>()));
-  if (*found != 0.0f) request.found_inf = found.get();
-  request.max_norm = get<double>();
-  request.clip_value = get<double>();
-  request.ema_weight = get<double>();
+  tables.member_count = get<int64_t>();
+  const std::vector<Asked> asked(static_cast<size_t>(tables.member_count));
+  std::vector<cuda::Member> members;
+  for (const Asked& one : asked) members.push_back(one.member);
+  cuda::Request request = members[0].request;
+  if (members.size() > 1) {
+    tables.members = members.data();
+    request = {};
+    for (const cuda::Member& member : members) request.reduce |= member.request.reduce;
+  }
+  const int64_t stochastic = asked[0].stochastic;
 
   // Hyper rows and their numbers; a number may stand in a tensor.
   std::vector<HyperRow> hyper_rows;
@@ -124,6 +146,7 @@ void run() {
     hyper.storage = get<int64_t>();
     hyper.offset = hypers;
     hyper.step = get<int64_t>();
+    hyper.member = get<int64_t>();
     hyper.sign = get<double>();
     const auto in_tensor = get<int64_t>();  // index of the number that does, or -1
     const cuda::RuleInfo& rule = cuda::rule_info(static_cast<int>(hyper.rule));
@@ -214,9 +237,9 @@ void run() {
   std::vector<double> chunk_sums(static_cast<size_t>(tables.chunks) *
                                  std::max<size_t>(1, per_tensor));
   std::vector<double> grad_sums(row_count), row_sums(row_count * per_tensor);
-  std::vector<uint32_t> row_tickets(row_count), tickets(2);
-  Control control{};
-  cuda::Outcome outcome{};
+  std::vector<uint32_t> row_tickets(row_count), tickets(1 + members.size());
+  std::vector<Control> control(members.size());
+  std::vector<cuda::Outcome> outcomes(members.size());
   tables.rows = rows.data();
   tables.addresses = addresses.data();
   tables.scalars = scalars.data();
@@ -232,8 +255,8 @@ void run() {
   tables.row_sums = row_sums.data();
   tables.row_tickets = row_tickets.data();
   tables.tickets = tickets.data();
-  tables.control = &control;
-  tables.outcome = &outcome;
+  tables.control = control.data();
+  tables.outcome = outcomes.data();
 
   for (int64_t step = 0; step < steps; ++step) {
     std::vector<Buffer> grads;
@@ -258,15 +281,19 @@ void run() {
         cuda::apply(tables, bucket, stage, request.reduce != 0, blocks, nullptr);
       }
     }
-    put(outcome.norm);
-    put(outcome.multiplier);
-    put(static_cast<double>(outcome.found_inf));
-    put(static_cast<double>(outcome.skipped));
+    for (const cuda::Outcome& outcome : outcomes) {
+      put(outcome.norm);
+      put(outcome.multiplier);
+      put(static_cast<double>(outcome.found_inf));
+      put(static_cast<double>(outcome.skipped));
+    }
     for (const Buffer& grad : grads) grad.check();
     for (uint32_t ticket : row_tickets) {
       if (ticket != 0) wrong("a row's ticket was left");
     }
-    if (tickets[0] != 0 || tickets[1] != 0) wrong("a ticket was left");
+    for (uint32_t ticket : tickets) {
+      if (ticket != 0) wrong("a ticket was left");
+    }
   }
   for (const Tensors& own : tensors) {
     for (const Buffer& role : own.roles) {
