@@ -80,7 +80,7 @@ def test_resident_threads() -> None:
 
 
 def test_no_more_blocks_are_counted_than_a_launch_has() -> None:
-    source = (machine_code.ROOT / "csrc" / "cuda" / "module.cpp").read_text()
+    source = (machine_code.ROOT / "csrc" / "cuda" / "sent.cpp").read_text()
     assert f"constexpr int kBlocks = {machine_code.STARTED};" in source
 
 
