@@ -4,7 +4,7 @@
     make predicted
 
 The bytes and launches of pyupdate are what a plan of the back end `cuda` says: it goes through the
-buckets and stages that a step goes through (csrc/cuda/module.cpp), and each stage moves what its
+buckets and stages that a step goes through (csrc/cuda/image.h), and each stage moves what its
 kernel was compiled to read and write. The module is that of the tests whose launches do nothing,
 the parameters have no memory. Those of the peers are counted from what their sources do, for fp32
 with `zero_grad(set_to_none=True)`. A time is bytes over the card's peak bandwidth: below it is no

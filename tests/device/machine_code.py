@@ -50,7 +50,7 @@ COMPILER = "release 13.0"
 
 THREADS = 256
 STARTED = 4
-"""Blocks a multiprocessor that a launch has at most: kBlocks of csrc/cuda/module.cpp."""
+"""Blocks a multiprocessor that a launch has at most: kBlocks of csrc/cuda/sent.cpp."""
 
 # Four blocks a multiprocessor, or two of fp64, whose numbers take two registers.
 MOST_REGISTERS = {"fp64": 128}
