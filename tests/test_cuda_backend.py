@@ -23,7 +23,7 @@ from ways import plan_of
 
 import pyupdate
 from pyupdate import backends
-from pyupdate.backends import cuda
+from pyupdate.backends.cuda_memory import Memory
 from pyupdate.pytorch import plan
 
 ADAMW = next(case for case in FULL if case.name == "adamw")
@@ -402,8 +402,8 @@ def test_a_norm_over_two_back_ends(case, on_cuda, compiled):
 
 def test_an_lr_in_a_tensor_is_read_where_it_is(on_cuda, compiled, monkeypatch):
     sent = []
-    send = cuda.Part._send
-    monkeypatch.setattr(cuda.Part, "_send", lambda *a: sent.append(a[3:5]) or send(*a))
+    send = Memory.send
+    monkeypatch.setattr(Memory, "send", lambda *a: sent.append(a[3:5]) or send(*a))
 
     def run() -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
         params = parameters((torch.float32,))

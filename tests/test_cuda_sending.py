@@ -22,7 +22,7 @@ from torch import nn
 from ways import plan_of
 
 import pyupdate
-from pyupdate.backends import cuda
+from pyupdate.backends.cuda_memory import Memory
 
 Sent = list[tuple[int, int]]
 
@@ -31,13 +31,13 @@ Sent = list[tuple[int, int]]
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     """The range of bytes of every sending."""
     found: Sent = []
-    send = cuda.Part._send
+    send = Memory.send
 
-    def noted(self: cuda.Part, *given: Any) -> tuple[int, int]:
+    def noted(self: Memory, *given: Any) -> tuple[int, int]:
         found.append(given[2:4])
         return send(self, *given)
 
-    monkeypatch.setattr(cuda.Part, "_send", noted)
+    monkeypatch.setattr(Memory, "send", noted)
     return found
 
 

@@ -34,7 +34,7 @@ from waiting import Deferred, Net, assert_same, one_by_one, pending
 import pyupdate
 from pyupdate import build, drain, update_model
 from pyupdate.backends import cuda
-from pyupdate.backends.cuda_together import Together
+from pyupdate.backends.cuda_memory import Memory
 
 
 @pytest.fixture
@@ -57,13 +57,14 @@ def regions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The range of bytes of every sending of joint tables."""
     found: list[tuple[int, int]] = []
-    send = Together._send
+    send = Memory.send
 
-    def noted(self: Together, *given: Any) -> tuple[int, int]:
-        found.append(given[2:4])
+    def noted(self: Memory, *given: Any) -> tuple[int, int]:
+        if len(self.parts) > 1:
+            found.append(given[2:4])
         return send(self, *given)
 
-    monkeypatch.setattr(Together, "_send", noted)
+    monkeypatch.setattr(Memory, "send", noted)
     return found
 
 

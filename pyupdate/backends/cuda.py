@@ -117,7 +117,6 @@ class Part:
         self._device = device
         self._found = module.Found
         self._module = module
-        self._memory = Memory(device)
         self._together: Together | None = None
         self._outcome: torch.Tensor | None = None  # of a step that several devices make
         self._scale: torch.Tensor | None = None
@@ -127,6 +126,7 @@ class Part:
         )
         """The compiled one."""
         self.plan.set_counts(self._counts.data_ptr())
+        self._memory = Memory(device, [self], self.plan.copy)
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +147,7 @@ class Part:
         try:
             while True:
                 found, noticed = self.plan.step(
-                    inputs.groups, inputs.state, *asked.of_plan, self._send
+                    inputs.groups, inputs.state, *asked.of_plan, self._memory.send
                 )
                 if found == self._found.READY:
                     break
@@ -210,7 +210,7 @@ class Part:
             number_at,
             request._replace(unscale=request.unscale / scaling.divisor),
             (self._outcome.data_ptr(), address(scale), 0),
-            self._send,
+            self._memory.send,
         )
         return self._memory.scratch[begin : begin + 8 * len(self.active())].view(torch.float64)
 
@@ -299,7 +299,7 @@ class Part:
             number_at,
             request,
             (outcome.data_ptr(), 0, 0),
-            self._send,
+            self._memory.send,
         )
         sums = self._memory.scratch[begin : begin + 8 * len(active)].view(torch.float64).tolist()
         flag = self._memory.scratch[_FLAG]
@@ -321,7 +321,7 @@ class Part:
             request,
             multiplier,
             (outcome.data_ptr(), 0, 0),
-            self._send,
+            self._memory.send,
         )
 
     def _numbers(self, inputs: Inputs) -> tuple[list[list[float]], list[list[int]]]:
@@ -333,34 +333,6 @@ class Part:
             places.append(at if any(at) else [])
             values.append([0.0 if a else float(n) for a, n in zip(at, group, strict=True)])
         return values, places
-
-    # ----- what is sent -------------------------------------------------------------------------
-
-    def _send(
-        self,
-        table_bytes: int,
-        scratch_bytes: int,
-        begin: int,
-        end: int,
-        capturing: bool,
-        moved: str,
-        record: int,
-        counts: Sequence[tuple[int, float]],
-    ) -> tuple[int, int]:
-        """Bring the bytes from `begin` to `end` of the tables to the device, in its order.
-
-        Returns:
-            The addresses of the tables and of the device's own memory.
-        """
-        if capturing:
-            self.refuse_send(moved, record)
-        self.set_counts(counts)
-        return self._memory.bring(self.plan.copy, table_bytes, scratch_bytes, begin, end)
-
-    def refuse_send(self, moved: str, record: int) -> None:
-        """Refuse what `_send` is asked for, while a graph is captured."""
-        whose = f" of '{self.rows[record].name}'" if record >= 0 else ""
-        refuse_capture(f"{moved or 'a step count'}{whose} is another one")
 
     def set_counts(self, counts: Sequence[tuple[int, float]]) -> None:
         """Set the plan's own step counts of these rows."""

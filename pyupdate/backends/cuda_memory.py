@@ -3,46 +3,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NoReturn
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+if TYPE_CHECKING:
+    from .cuda import Part
+
 
 class Memory:
-    """Two pieces of memory on a device: the tables that are sent, and the device's own.
+    """Two pieces of memory on a device, for the tables of one part or of several at once.
 
     Attributes:
-        tables, scratch: bytes; the second is zero where it is made.
+        parts: held weakly; the records of the tables are theirs, one behind the other.
+        tables: bytes that are sent.
+        scratch: bytes of the device's own, zero where they are made.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, parts: Sequence[Part], copy: Callable[[int, int, int], None]
+    ) -> None:
+        """`copy`: writes the tables' bytes, from its second to its third argument, to its first."""
         self._device = device
+        self._copy = copy
+        self.parts = [weakref.ref(part) for part in parts]
         self.tables = torch.empty(0, dtype=torch.uint8, device=device)
         self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def bring(
+    def send(
         self,
-        copy: Callable[[int, int, int], None],
         table_bytes: int,
         scratch_bytes: int,
         begin: int,
         end: int,
+        capturing: bool,
+        moved: str,
+        record: int,
+        counts: Sequence[tuple[int, float]],
     ) -> tuple[int, int]:
-        """Have so much memory, and bring the tables' bytes from `begin` to `end` there.
+        """Bring the bytes from `begin` to `end` of the tables to the device, in its order.
 
-        In the order of the device's stream; nobody waits.
-
-        Args:
-            copy: writes the bytes from its second to its third argument to the address given first.
-            table_bytes: what the tables take.
-            scratch_bytes: what the device's own memory takes.
-            begin: of what is not as it was sent.
-            end: of that.
+        What csrc/cuda/sent.h's `Sent::ready` asks for; nobody waits.
 
         Returns:
-            The addresses of both.
+            The addresses of the tables and of the device's own memory.
         """
+        first = 0
+        for ref in self.parts:
+            part = ref()
+            assert part is not None  # who steps it has it
+            behind = first + len(part.rows)
+            if not capturing:
+                part.set_counts([(r - first, count) for r, count in counts if first <= r < behind])
+            elif record < behind:
+                whose = f" of '{part.rows[record - first].name}'" if record >= 0 else ""
+                refuse_capture(f"{moved or 'a step count'}{whose} is another one")
+            first = behind
         if table_bytes > self.tables.numel():
             self.tables = torch.empty(table_bytes, dtype=torch.uint8, device=self._device)
             begin, end = 0, table_bytes
@@ -52,7 +70,7 @@ class Memory:
             # Torch keeps pinned memory until the copy is made.
             pinned = self._device.type == "cuda"
             staging = torch.empty(end - begin, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-            copy(staging.data_ptr(), begin, end)
+            self._copy(staging.data_ptr(), begin, end)
             self.tables[begin:end].copy_(staging, non_blocking=True)
         return self.tables.data_ptr(), self.scratch.data_ptr()
 

@@ -8,7 +8,6 @@ device: with the same members and nothing moved, a joint step is launches alone.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +26,12 @@ class Together:
     """The joint tables of some parts, none of which it keeps alive."""
 
     def __init__(self, parts: Sequence[Part], device: torch.device, module: Any) -> None:
-        self._parts = [weakref.ref(part) for part in parts]
         self._joint = module.Joint(device.index or 0)
-        self._memory = Memory(device)
+        self._memory = Memory(device, parts, self._joint.copy)
 
     def is_of(self, parts: Sequence[Part]) -> bool:
         """Whether it was made for these, in this order."""
-        return len(parts) == len(self._parts) and all(
-            ref() is part for ref, part in zip(self._parts, parts, strict=True)
-        )
+        return [ref() for ref in self._memory.parts] == list(parts)
 
     @property
     def nbytes(self) -> int:
@@ -51,32 +47,9 @@ class Together:
             (one.part.plan, one.inputs.groups, one.inputs.state, *ask.of_plan)
             for one, ask in zip(joinings, asked, strict=True)
         ]
-        if not self._joint.step(joined, outcomes.data_ptr(), self._send):
+        if not self._joint.step(joined, outcomes.data_ptr(), self._memory.send):
             return None
         return [
             what_was_done(outcome, ask.request, one.scaling, ask.flag)
             for outcome, ask, one in zip(outcomes.view(-1, DOUBLES), asked, joinings, strict=True)
         ]
-
-    def _send(
-        self,
-        table_bytes: int,
-        scratch_bytes: int,
-        begin: int,
-        end: int,
-        capturing: bool,
-        moved: str,
-        record: int,
-        counts: Sequence[tuple[int, float]],
-    ) -> tuple[int, int]:
-        """As `Part._send`, with the records of all parts counted one behind the other."""
-        first = 0
-        for ref in self._parts:
-            part = ref()
-            assert part is not None  # who steps it has it
-            behind = first + len(part.rows)
-            if capturing and (first <= record < behind or record < 0):
-                part.refuse_send(moved, record - first if record >= 0 else -1)
-            part.set_counts([(r - first, count) for r, count in counts if first <= r < behind])
-            first = behind
-        return self._memory.bring(self._joint.copy, table_bytes, scratch_bytes, begin, end)

@@ -17,7 +17,7 @@ from .. import amp
 from ..options import LastUpdate, Options
 from .checks import check_capturable
 from .hooks import has_hooks, hooked
-from .joining import Joining
+from .joining import JOINABLE, Joining, step_all
 from .plan import Plan
 from .request import NormNotFinite, Scaling
 from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of, rule_of
@@ -154,12 +154,6 @@ def check_options(kind: type[Optimizer], options: Options) -> None:
             raise ValueError(message)
 
 
-_JOINABLE = frozenset(
-    {"max_norm", "norm_type", "clip_value", "ema_decay", "skip_nonfinite", "state_dtype"}
-)
-"""The options that a region of several optimizers' steps knows for each."""
-
-
 def _planned_step(
     optimizer: Optimizer,
     closure: Closure | None = None,
@@ -245,7 +239,7 @@ def can_join(optimizer: Optimizer) -> bool:
         return False
     engine, options = engine_of(optimizer), options_of(optimizer)
     if engine.joins is None or engine.joins[0] is not options:
-        engine.joins = (options, _JOINABLE.issuperset(options.asked_for))
+        engine.joins = (options, JOINABLE.issuperset(options.asked_for))
     return engine.joins[1]
 
 
@@ -281,8 +275,7 @@ def step_together(
                 engines.append(engine)
         except (TypeError, ValueError, RuntimeError):
             return False  # whoever is refused is told so in turn
-        kinds = {type(joining.part) for joining in joinings}
-        done = joinings[0].part.step_together(joinings) if len(kinds) == 1 else None
+        done = step_all(joinings)
         if done is None:
             return False
         for engine, last in zip(engines, done, strict=True):
