@@ -224,6 +224,7 @@ def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -
     """
     engine = step.engine_of(optimizer)
     windows = step.options_of(optimizer).accumulation_steps > 1
+    goes_on = False
     for group, (position, own) in zip(optimizer.param_groups, before, strict=True):
         if not windows or all(param.grad is None for param in group["params"]):
             group.pop(POSITION, None)
@@ -231,7 +232,10 @@ def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -
             group.pop(POSITION, None)
             if position:
                 group[POSITION] = position
+                goes_on = True
     engine.counted = {}
+    if not goes_on:  # the scale was that of other gradients
+        engine.window_scale = ...
 
 
 def close_without_gradients(optimizer: Any) -> None:
