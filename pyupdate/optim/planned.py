@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.optim import Optimizer
@@ -18,7 +18,7 @@ from ..options import PARAMETERS, LastUpdate, Options
 from ..pytorch import accumulation, state
 from ..pytorch import step as engine
 from ..pytorch.hooks import hooked
-from ..pytorch.rows import Group, OptimizerRow, Row
+from ..pytorch.rows import Group, OptimizerRow, Row, rule_of
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -155,16 +155,18 @@ class Planned(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, of this class or of torch's.
 
-        As torch's, but that float32 state of bfloat16 and float16 parameters stays float32, and
-        with ``state_dtype`` all of it becomes float32. An open window of ``accumulation_steps``
-        goes on only where its gradients were put into `.grad` before; gradients that this optimizer
-        has counted itself keep its own count.
+        As torch's, but that a parameter's scalars stay in the dtype they were saved in, so that
+        training goes on with the same bits; that float32 state of bfloat16 and float16 parameters
+        stays float32, and with ``state_dtype`` all of it becomes float32. An open window of
+        ``accumulation_steps`` goes on only where its gradients were put into `.grad` before;
+        gradients that this optimizer has counted itself keep its own count.
 
         Args:
             state_dict: what ``state_dict()`` returned.
         """
         before = accumulation.counts_of(self)
-        with state.kept_on_load(self, engine.options_of(self).state_dtype):
+        wanted = engine.options_of(self).state_dtype
+        with state.kept_on_load(self, wanted, lambda index: _scalars_of(self, index)):
             super().load_state_dict(state_dict)
         accumulation.check_loaded(self, before)
 
@@ -206,6 +208,17 @@ class Planned(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         accumulation.close_without_gradients(self)  # torch copies and pickles parameters without
+
+
+def _scalars_of(optimizer: Planned, index: int) -> Collection[str]:
+    """The state keys of the scalars that each parameter of a group has."""
+    row, name = engine.row_of(optimizer), type(optimizer).__name__
+    if row is None:
+        return ()
+    try:
+        return rule_of(row, optimizer.param_groups[index], index, name).scalars
+    except (ValueError, RuntimeError):  # a step says what is wrong with the group
+        return ()
 
 
 def _with_those_below(cls: type[Planned], shown: inspect.Signature) -> list[inspect.Parameter]:

@@ -8,7 +8,7 @@ when it is loaded or accelerated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,13 +58,25 @@ def converted(
 
 
 @contextmanager
-def kept_on_load(optimizer: Optimizer, wanted: torch.dtype | None) -> Iterator[None]:
-    """Inside, ``load_state_dict`` does not round float32 state to the dtype of its parameter.
+def kept_on_load(
+    optimizer: Optimizer,
+    wanted: torch.dtype | None,
+    scalars_of: Callable[[int], Collection[str]],
+) -> Iterator[None]:
+    """Inside, ``load_state_dict`` goes on with the bits that were saved.
 
-    Torch casts all state to the parameter's dtype. Here the state of a bfloat16 or float16
-    parameter becomes `wanted`, and without it stays in float32 if it was saved in it; from any
-    other dtype it is cast as torch does. Other hooks see what they always do: those before the load
-    have run when the state is taken, those after it find the state as it stays.
+    Torch casts all state to the parameter's dtype. Here a scalar stays in the float32 or float64 it
+    was saved in: what is float32 beside a float64 parameter is computed in other bits once it is
+    float64 (torch's own NAdam and ASGD do not resume to the bit for that). The state of a bfloat16
+    or float16 parameter becomes `wanted`, and without it stays in float32 if it was saved in it;
+    from any other dtype it is cast as torch does. Other hooks see what they always do: those before
+    the load have run when the state is taken, those after it find the state as it stays.
+
+    Args:
+        optimizer: which loads.
+        wanted: the option `state_dtype`.
+        scalars_of: the keys of a parameter's scalars, by the index of its group; asked when the
+            groups are loaded.
     """
     given: dict[str, Any] = {}
 
@@ -72,7 +84,7 @@ def kept_on_load(optimizer: Optimizer, wanted: torch.dtype | None) -> Iterator[N
         given.update(state_dict)
 
     def put(_: Optimizer) -> None:
-        _put(optimizer, given, wanted)
+        _put(optimizer, given, wanted, scalars_of)
 
     handles = (
         optimizer.register_load_state_dict_pre_hook(take),
@@ -85,16 +97,28 @@ def kept_on_load(optimizer: Optimizer, wanted: torch.dtype | None) -> Iterator[N
             handle.remove()
 
 
-def _put(optimizer: Optimizer, given: dict[str, Any], wanted: torch.dtype | None) -> None:
-    for saved, group in zip(given["param_groups"], optimizer.param_groups, strict=True):
+def _put(
+    optimizer: Optimizer,
+    given: dict[str, Any],
+    wanted: torch.dtype | None,
+    scalars_of: Callable[[int], Collection[str]],
+) -> None:
+    groups = zip(given["param_groups"], optimizer.param_groups, strict=True)
+    for g, (saved, group) in enumerate(groups):
+        scalars = scalars_of(g)
         for index, param in zip(saved["params"], group["params"], strict=True):
             values = given["state"].get(index)
-            if param.dtype not in HALVES or not isinstance(values, dict):
+            if not isinstance(values, dict):
                 continue
             inner = optimizer.state[param]
             for key, value in values.items():
                 if key == "step" or not isinstance(value, torch.Tensor):
                     continue
-                dtype = torch.float32 if value.dtype is torch.float32 else dtype_for(param, wanted)
+                dtype = inner[key].dtype
+                if key in scalars and value.dtype in (torch.float32, torch.float64):
+                    dtype = value.dtype
+                elif param.dtype in HALVES:
+                    is_wide = value.dtype is torch.float32
+                    dtype = torch.float32 if is_wide else dtype_for(param, wanted)
                 if inner[key].dtype is not dtype:
                     inner[key] = value.to(dtype=dtype, device=param.device)
