@@ -132,16 +132,17 @@ class Window:
             mend = "Drop the window's gradients with model.zero_grad() and begin it anew"
         if changes.new:
             message = (
-                f"{begun} when parameter {self._name(changes.new[0])} was not in its group yet: "
-                "its gradient would be divided by micro-batches that it does not hold. Change "
-                f"which parameters a group has between windows. {mend}"
+                f"{begun} when parameter {self._name(changes.new[0])} was not in its group yet, or "
+                "not swapped yet: its gradient would be divided by micro-batches that it does not "
+                "hold. Change which parameters a group has, and swap them, between windows. "
+                f"{mend}"
             )
             raise ValueError(message)
         lost, how = (changes.gone, "gone") if changes.gone else (replaced, "another tensor by now")
         message = (
             f"{begun}, but the gradient of {self._name(lost[0])} is {how}: inside a window call "
             "optimizer.zero_grad(), which keeps them, not model.zero_grad(), and add to .grad in "
-            f"place. {mend}"
+            f"place; swap tensors (torch.utils.swap_tensors) between windows. {mend}"
         )
         raise RuntimeError(message)
 
