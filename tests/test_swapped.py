@@ -76,6 +76,7 @@ WAYS: dict[str, tuple[Callable[[Any, int], None], dict[str, Any]]] = {
     "loop": (by_loop, {}),
     "windows": (by_update_model, {"accumulation_steps": K}),
     "windows, loop": (by_loop, {"accumulation_steps": K}),
+    "in_backward": (by_update_model, {"in_backward": True}),
 }
 
 
@@ -129,6 +130,21 @@ def test_a_gradient_that_comes_after_a_swap_in_a_window_is_refused(backend):
     (first + late).sum().backward()
     with pytest.raises(ValueError, match="was not in its group yet, or not swapped yet"):
         optimizer.step()
+
+
+def test_hooks_of_ones_own_stay_through_a_swap_and_an_update_in_backward(backend):
+    model = built(in_backward=True)
+    weight = model[0].weight
+    called: list[torch.Tensor] = []
+    handle = weight.register_post_accumulate_grad_hook(called.append)
+    by_update_model(model, 0)
+    swap(model)
+    by_update_model(model, 1)
+    by_update_model(model, 2)
+    assert [found is weight for found in called] == [True] * 3
+    handle.remove()
+    by_update_model(model, 3)
+    assert len(called) == 3
 
 
 def test_a_window_keeps_no_parameter_of_a_removed_group(backend):

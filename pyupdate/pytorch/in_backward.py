@@ -247,6 +247,9 @@ class _Running:
         try:
             for param in self._params:
                 hooked: Any = param  # torch's method has no types
+                hooks = hooked._post_accumulate_grad_hooks
+                if hooks is not None:  # torch.utils.swap_tensors has left them with other values
+                    hooked._post_accumulate_grad_hooks = hooks
                 handles.append(hooked.register_post_accumulate_grad_hook(self._on_gradient))
             gradients.backward(
                 self._name, loss, self._params, None, retain_graph=False, changed=_CHANGED
