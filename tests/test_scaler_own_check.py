@@ -7,15 +7,13 @@ every rank must come to: the same skip and the same scale.
 
 from __future__ import annotations
 
-import os
-import queue
-import sys
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from bits import assert_same_bits
+from ranks import answers_of, distributed
 from torch import nn
 
 import pyupdate
@@ -24,12 +22,8 @@ from pyupdate.pytorch.step import engine_of
 
 SCALE = 2.0**7
 RANKS = 2
-WATCHDOG = 120.0  # seconds
 WAYS = ("scaler.step", "update_model", "drain", "window")
 KINDS = ("ours", "accelerated", "stock", "subclass")
-distributed = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch has no distributed"
-)
 
 
 class OwnUnscale(torch.amp.GradScaler):
@@ -296,20 +290,9 @@ TOGETHER = [
 ]
 
 
-def on_rank(rank: int, address: str, answers: Any) -> None:
+def on_rank(rank: int) -> dict[Any, Any]:
     """Everything that two ranks do together: for each (way, kind) what one of them comes to."""
-    try:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group(
-            "gloo", init_method=address, rank=rank, world_size=RANKS
-        )
-        found = {key: ranks_agree(rank, *key) for key in TOGETHER}
-        torch.distributed.destroy_process_group()
-    except BaseException as error:
-        answers.put((rank, f"{type(error).__name__}: {error}"))
-        raise
-    answers.put((rank, found))
+    return {key: ranks_agree(rank, *key) for key in TOGETHER}
 
 
 def ranks_agree(rank: int, way: str, kind: str, clip: float | None, backend: str | None) -> Any:
@@ -337,29 +320,7 @@ def ranks_agree(rank: int, way: str, kind: str, clip: float | None, backend: str
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    address = f"file://{tmp_path_factory.mktemp('ranks')}/store"
-    context = torch.multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    children = [
-        context.Process(target=on_rank, args=(rank, address, answers)) for rank in range(RANKS)
-    ]
-    for child in children:
-        child.start()
-    found = {}
-    try:
-        while len(found) < RANKS:
-            rank, answer = answers.get(timeout=WATCHDOG)
-            found[rank] = answer
-            if isinstance(answer, str):
-                break
-    except queue.Empty:
-        found[-1] = f"nothing came within {WATCHDOG} s"
-    finally:
-        for child in children:
-            child.join(5.0)
-            child.kill()
-    assert not any(isinstance(answer, str) for answer in found.values()), found
-    return found
+    return answers_of(on_rank, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @distributed

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels import rules
 from ..kernels.language import Rule
 from ..options import LastUpdate
-from ..pytorch import checks
+from ..pytorch import checks, sharded
 from ..pytorch import state as states
 from ..pytorch import step as engine
 from ..pytorch.rows import NO_NUMBER, Group, Row, has_state, number_of, require
@@ -174,6 +174,8 @@ def _check_anew(optimizer: Any, rows: Sequence[Row]) -> None:
         if row.param.grad is None:
             continue
         checks.check_gradient(row.param, row.param.grad, row.name)
+        if sharded.is_shard(row.param):
+            sharded.refuse_rule(row.name, "Adafactor")
         grad = f"the gradient of '{row.name}'"
         touched.append(checks.Memory(f"parameter '{row.name}'", row.param, written=True))
         touched.append(checks.Memory(grad, row.param.grad, written=False))

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .sharded import is_distributed
+
 _MARK = operator.attrgetter("__dict__")
 """What tells a tensor from one that takes its place, without keeping its memory alive: as long as
 somebody holds its dict, no other tensor has that. A weak reference, Python's or torch's, keeps
@@ -125,7 +127,7 @@ class Counted:
                     changes.gone.append(param)
             else:
                 changes.differentiable = changes.differentiable or now.grad_fn is not None
-                if mark is not _MARK(now) and not now.is_sparse:
+                if mark is not _MARK(now) and not now.is_sparse and not _was_moved(now):
                     changes.replaced.append(param)
 
     def are_all(self, params: Sequence[torch.Tensor]) -> bool:
@@ -136,3 +138,12 @@ class Counted:
             not grad.is_inference() and known.get(id(_MARK(grad))) == grad._version
             for grad in grads
         )
+
+
+def _was_moved(grad: torch.Tensor) -> bool:
+    """Whether ``DistributedDataParallel(gradient_as_bucket_view=True)`` may have put it there.
+
+    It moves what is in `.grad` into its bucket, in a forward pass (when it makes its buckets anew)
+    or a backward pass, and puts a view there (tried on torch 2.13).
+    """
+    return grad._is_view() and is_distributed()

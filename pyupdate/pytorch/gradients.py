@@ -3,10 +3,13 @@
 
 `.grad` is set aside before the backward pass and what came out of it is added after, into new
 tensors: a backward that raises in the middle, or a step that is refused, can be undone exactly.
+Where something reads `.grad` during the backward pass, as the reduction over processes of
+``DistributedDataParallel`` does, what was there stays there, and is copied to be put back.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
@@ -15,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import sharded
 
 _CAUSES = (
     "it does not depend on this model, it was computed under torch.no_grad() or from detached "
@@ -71,18 +76,47 @@ class Aside:
 
     Attributes:
         grads: the tensors themselves, which go back if anything fails.
-        values: what they held: copies of those that are views of a buffer, which the backward pass
-            may fill anew (``DistributedDataParallel(gradient_as_bucket_view=True)`` does, tried on
-            torch 2.13), else the tensors themselves.
+        values: what they held: copies of those that the backward pass may write to, else the
+            tensors themselves.
+        in_place: whether they were left in `.grad`, where autograd adds to them.
     """
 
     grads: Sequence[Tensor | None]
     values: Sequence[Tensor | None]
+    in_place: bool = False
+
+
+def prepare(params: Sequence[Tensor]) -> Aside:
+    """`set_aside`, or, where that would be noticed during the backward pass, `keep`."""
+    if any(param.grad is not None for param in params) and _is_read_in_backward(params):
+        return keep(params)
+    return set_aside(params)
+
+
+def _is_read_in_backward(params: Sequence[Tensor]) -> bool:
+    """Whether something may look at `.grad` as soon as autograd has filled it.
+
+    Of ``DistributedDataParallel`` nothing can be seen from a parameter.
+    """
+    return sharded.is_distributed() or any(param._post_accumulate_grad_hooks for param in params)
+
+
+@torch.no_grad()
+def keep(params: Sequence[Tensor]) -> Aside:
+    """Copy what every `.grad` holds, for `put_back`, and leave it where it is."""
+    grads = [param.grad for param in params]
+    # Nobody can write to a tensor of inference mode, not even put_back().
+    values = [g if g is None or g.is_inference() else g.clone() for g in grads]
+    return Aside(grads, values, in_place=True)
 
 
 @torch.no_grad()
 def set_aside(params: Sequence[Tensor]) -> Aside:
-    """Take every `.grad` away, for `put_back` and `add`."""
+    """Take every `.grad` away, for `put_back` and `add`.
+
+    Views of a buffer are copied, which the backward pass may fill anew: tried on torch 2.13,
+    ``DistributedDataParallel(gradient_as_bucket_view=True)`` does.
+    """
     grads = [param.grad for param in params]
     if _all_none(grads):
         return Aside(grads, grads)
@@ -96,7 +130,7 @@ def _all_none(values: Iterable[object]) -> bool:
 
 @torch.no_grad()
 def put_back(params: Sequence[Tensor], aside: Aside) -> None:
-    """Undo `set_aside`, whatever happened in between."""
+    """Undo `prepare` or `set_aside`, whatever happened in between."""
     for param, grad, value in zip(params, aside.grads, aside.values, strict=True):
         if grad is not None and value is not None and grad is not value:
             grad.copy_(value)
@@ -171,22 +205,59 @@ def backward(
         raise RuntimeError(message) from error
 
 
-@torch.no_grad()
-def add(name: str, params: Sequence[Tensor], aside: Aside) -> list[int]:
-    """Add what was set aside to what the backward pass left, into new tensors.
+def add_to(
+    aside: Aside,
+    name: str,
+    loss: Tensor,
+    params: Sequence[Tensor],
+    scaler: torch.amp.GradScaler | None,
+    retain_graph: bool,
+) -> list[int]:
+    """Differentiate, and add what comes out to the gradients that were there before.
 
     Returns:
         The positions of the parameters that the loss did not reach.
 
     Raises:
-        ValueError: it reached none.
+        As `backward`.
     """
-    after = [param.grad for param in params]
-    unreached = [index for index, grad in enumerate(after) if grad is None]
-    check_reached(name, len(params) - len(unreached))
+    if aside.in_place:
+        return _backward_in_place(name, loss, params, scaler, retain_graph)
+    backward(name, loss, params, scaler, retain_graph)
+    unreached = [index for index, param in enumerate(params) if param.grad is None]
     if not _all_none(aside.values):
-        _add(params, aside.values)
+        with torch.no_grad():
+            _add(params, aside.values)
     return unreached
+
+
+def _backward_in_place(
+    name: str,
+    loss: Tensor,
+    params: Sequence[Tensor],
+    scaler: torch.amp.GradScaler | None,
+    retain_graph: bool,
+) -> list[int]:
+    """`backward`, by which autograd adds to what is in `.grad`; returns what was not reached.
+
+    Hooks tell that, for the version of a view in a bucket is that of all the bucket's views.
+    """
+    reached: set[int] = set()
+    handles = []
+    try:
+        for param in params:
+            hooked: Any = param  # torch's method has no types
+            note = functools.partial(_note, reached)
+            handles.append(hooked.register_post_accumulate_grad_hook(note))
+        backward(name, loss, params, scaler, retain_graph)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [index for index, param in enumerate(params) if id(param) not in reached]
+
+
+def _note(reached: set[int], param: Tensor) -> None:
+    reached.add(id(param))
 
 
 def check_reached(name: str, count: int) -> None:

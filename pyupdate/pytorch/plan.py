@@ -19,6 +19,7 @@ from ..backends.cuda_devices import Devices
 from ..kernels.reduction import halving_tree, largest
 from ..kernels.rules import multiplier as multiplier_rule
 from ..options import LastUpdate, Options
+from . import sharded
 from .joining import Joining
 from .new_state import make_state
 from .request import Request, Scaling, request_of
@@ -73,6 +74,7 @@ class Plan:
         self.rules = rules
         self.averages = averages
         self.choice = choice()
+        self._shard = sharded.shard_among(rows, rules)
         self.lacked_state = True
         """Whether a step that was not made may have found state absent."""
         parts: dict[tuple[Backend, Hashable], list[Row]] = {}
@@ -119,6 +121,8 @@ class Plan:
             RuntimeError: `Options.error_if_nonfinite`; nothing was written.
             Stale: the plan no longer fits.
         """
+        if self._shard is not None:
+            sharded.check_options(self._shard, options, scaled=scaling.check)
         whole = self.parts[0] if len(self.parts) == 1 else None
         if whole is not None and whole.reads_scaling:
             done = whole.step(inputs, request_of(options, scaling), scaling)
@@ -149,7 +153,7 @@ class Plan:
 
     def joining(self, inputs: Inputs, options: Options, scaling: Scaling) -> Joining | None:
         """What a step of several plans needs of this one; None if it must be stepped alone."""
-        if len(self.parts) != 1:
+        if len(self.parts) != 1 or self._shard is not None:
             return None
         (part,) = self.parts
         if not hasattr(part, "step_together"):

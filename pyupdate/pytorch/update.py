@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyupdate import amp
 from pyupdate.names import check_deferred, name_of
 
-from . import accumulation, apply, deferral, gradients, in_backward, reentrant, step
+from . import accumulation, apply, deferral, gradients, in_backward, reentrant, sharded, step
 
 
 def update(
@@ -34,6 +34,7 @@ def update(
     during = in_backward.is_wanted(model)
     if during:
         in_backward.check_call(name, optimizer, scaler, retain_graph, defer)
+    sharded.check_model(name, model)
     params = gradients.trainable(model)
     if not params:
         message = (
@@ -64,14 +65,14 @@ def update(
             window.check_kept(gives_up=False)
         before = window.position
     last: Any = ...
-    aside = gradients.set_aside(params)
+    aside = gradients.prepare(params)
     try:
         if window is not None:
             window.check_scale(scaler)
             before = window.position
-        gradients.backward(name, loss, params, scaler, retain_graph)
-        unreached = gradients.add(name, params, aside)
+        unreached = gradients.add_to(aside, name, loss, params, scaler, retain_graph)
         if unreached:
+            gradients.check_reached(name, len(params) - len(unreached))
             reentrant.check_unreached(model, name, loss, params, unreached)
         if window is not None:
             window.position = before + 1
