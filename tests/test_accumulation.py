@@ -267,7 +267,7 @@ def test_the_models_zero_grad_withdraws_a_window(backend):
 def test_a_state_dict_carries_the_position(backend):
     model, twin, other = pair(ADAMW)
     optimizer = model.current_optimizer
-    assert POSITION not in optimizer.state_dict()["param_groups"][0]
+    assert optimizer.state_dict()["param_groups"][0][POSITION] == 0
     pyupdate.update_model(model, loss_of(model, 0))
     saved = copy.deepcopy(optimizer.state_dict())
     assert saved["param_groups"][0][POSITION] == 1
@@ -281,7 +281,7 @@ def test_a_state_dict_carries_the_position(backend):
         pyupdate.update_model(resumed, loss_of(resumed, turn))
     torchs_window(twin, other, range(K), None)
     close(resumed, twin)
-    assert POSITION not in resumed.current_optimizer.state_dict()["param_groups"][0]
+    assert resumed.current_optimizer.state_dict()["param_groups"][0][POSITION] == 0
     pyupdate.accelerate(optimizer)  # other options: no window any more
     optimizer.zero_grad()
     assert all(param.grad is None for param in model.parameters())
@@ -302,7 +302,7 @@ def test_models_that_share_a_group_are_refused_and_groups_of_their_own_are_fine(
     pyupdate.update_model(first, loss_of(first, 0))
     pyupdate.update_model(second, loss_of(second, 0))
     pyupdate.update_model(first, loss_of(first, 1))
-    assert [group.get(POSITION) for group in both.param_groups] == [None, 1]
+    assert [group.get(POSITION) for group in both.param_groups] == [0, 1]
     assert torch.equal(second[0].weight, start)
     assert second[0].weight.grad is not None
 
@@ -332,7 +332,7 @@ def test_a_loaded_window_without_gradients_is_closed(steps, backend):
     other = nn.Parameter(torch.zeros(1))
     resumed = pyupdate.optim.SGD([other], lr=1.0, accumulation_steps=steps)
     resumed.load_state_dict(saved)
-    assert POSITION not in resumed.param_groups[0]
+    assert not resumed.param_groups[0].get(POSITION)
 
 
 def test_the_models_zero_grad_in_a_loop_of_ones_own_is_refused(backend):
@@ -442,7 +442,7 @@ def test_a_loaded_window_does_not_count_gradients_that_were_stepped(backend):
             saved = copy.deepcopy(optimizer.state_dict())
     assert param.tolist() == [-2.0]
     optimizer.load_state_dict(saved)  # says 3, but what is in .grad was stepped
-    assert POSITION not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0][POSITION] == 0
     for _ in range(4):
         optimizer.zero_grad()
         (param * 2.0).sum().backward()
@@ -458,7 +458,7 @@ def test_a_loaded_count_does_not_replace_that_of_gradients_in_place(backend):
         optimizer.step()
         if saved is None or optimizer.param_groups[0].get(POSITION) == 3:
             saved = copy.deepcopy(optimizer.state_dict())
-        if POSITION not in optimizer.param_groups[0]:
+        if optimizer.param_groups[0][POSITION] == 0:
             optimizer.zero_grad()
     assert saved is not None
     optimizer.load_state_dict(saved)  # says 3; one micro-batch is in .grad

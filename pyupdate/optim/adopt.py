@@ -66,6 +66,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
     optimizer.__dict__["pyupdate_options"] = checked
     for group in optimizer.param_groups:
         group.pop(accumulation.POSITION, None)  # of a window that was open under other options
+    accumulation.keep_counts(optimizer)
     engine.engine_of(optimizer).plans.clear()
     return optimizer
 

@@ -33,6 +33,17 @@ warnings.filterwarnings(
 
 _OPTIONS = frozenset(parameter.name for parameter in PARAMETERS)
 
+_NOT_GIVEN: Any = object()
+"""In the place of a closure: whoever gives None instead may be torch.distributed.checkpoint."""
+
+
+def _without_a_closure(step: Callable[..., Any]) -> inspect.Signature:
+    """A step's signature with None as its closure, as torch's."""
+    shown = inspect.signature(step)
+    given = shown.parameters | {"closure": shown.parameters["closure"].replace(default=None)}
+    return shown.replace(parameters=[*given.values()])
+
+
 DROP_INS: dict[type[Optimizer], type[Planned]] = {}
 """What `accelerate` makes of an optimizer of torch's; `planned` fills it."""
 
@@ -101,7 +112,7 @@ class Planned(Optimizer):
     @eagerly
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[[], Any] | None = _NOT_GIVEN,
         *,
         grad_scaler: GradScaler | None = None,
     ) -> Any:
@@ -123,11 +134,17 @@ class Planned(Optimizer):
         if known.handed is not None:
             grad_scaler, known.handed = known.handed, None
         window = None if known.whole else accumulation.window_of(self)
+        if closure is None and window is not None and grad_scaler is None:
+            if accumulation.is_to_make_state(self, window):
+                window.position, window = 0, None
+        elif closure is _NOT_GIVEN:
+            closure = None
         if window is not None and not engine.is_differentiable(self):
             return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
         given: dict[str, Any] = {} if grad_scaler is None else {"grad_scaler": grad_scaler}
         return self._whole_step(*(() if closure is None else (closure,)), **given)
 
+    step.__signature__ = _without_a_closure(step)  # type: ignore[attr-defined]
     step.hooked = True  # type: ignore[attr-defined] # torch would run the hooks of every micro-batch
 
     @hooked
@@ -181,6 +198,7 @@ class Planned(Optimizer):
         """
         accumulation.check_new_group(self)
         super().add_param_group(param_group)
+        accumulation.keep_counts(self)
 
     def _check_differentiable(self) -> None:
         """Refuse options, of which torch's own step knows nothing."""
@@ -207,6 +225,7 @@ class Planned(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        accumulation.keep_counts(self)
         accumulation.close_without_gradients(self)  # torch copies and pickles parameters without
 
 

@@ -21,7 +21,9 @@ from .counted import Changes, Counted, Gradients
 from .rows import name_of
 
 POSITION = "accumulated"
-"""In each group of an open window: the micro-batches that are in its parameters' `.grad`."""
+"""In each group of an optimizer that has windows: the micro-batches that are in its parameters'
+`.grad`, 0 between windows. It is there then, too: torch.distributed.checkpoint loads into the keys
+that it finds, and a count that it left out would divide a loaded window's gradients by too few."""
 
 
 class Window:
@@ -40,10 +42,7 @@ class Window:
     @position.setter
     def position(self, count: int) -> None:
         for group in self._groups:
-            if count:
-                group[POSITION] = count
-            else:
-                group.pop(POSITION, None)
+            group[POSITION] = count
 
     @property
     def is_full(self) -> bool:
@@ -115,12 +114,7 @@ class Window:
             RuntimeError: a gradient that was counted is gone, or another tensor.
             ValueError: a parameter was put into a group since.
         """
-        counted = step.engine_of(self._optimizer).counted
-        found = self._gradients()
-        changes = Changes()
-        for group, grads in zip(self._groups, found, strict=True):
-            if group.get(POSITION, 0) and id(group) in counted:
-                counted[id(group)].compare(grads, changes)
+        found, changes = self._compared()
         replaced = [] if changes.differentiable else changes.replaced
         if not (changes.new or changes.gone or replaced):
             return found
@@ -145,6 +139,22 @@ class Window:
             f"place; swap tensors (torch.utils.swap_tensors) between windows. {mend}"
         )
         raise RuntimeError(message)
+
+    def _compared(self) -> tuple[list[Gradients], Changes]:
+        """What the gradients are now, and what became of those that were counted."""
+        counted = step.engine_of(self._optimizer).counted
+        found = self._gradients()
+        changes = Changes()
+        for group, grads in zip(self._groups, found, strict=True):
+            if group.get(POSITION, 0) and id(group) in counted:
+                counted[id(group)].compare(grads, changes)
+        return found, changes
+
+    def is_open(self) -> bool:
+        """Whether micro-batches were counted that are known to be in the gradients still."""
+        counted = step.engine_of(self._optimizer).counted
+        known = all(id(group) in counted for group in self._groups)
+        return known and self.position > 0 and not self._compared()[1].replaced
 
     def _name(self, param: torch.Tensor) -> str:
         names = step.engine_of(self._optimizer).names
@@ -224,26 +234,34 @@ def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -
         before: its `counts_of` before.
     """
     engine = step.engine_of(optimizer)
-    windows = step.options_of(optimizer).accumulation_steps > 1
     goes_on = False
     for group, (position, own) in zip(optimizer.param_groups, before, strict=True):
-        if not windows or all(param.grad is None for param in group["params"]):
-            group.pop(POSITION, None)
+        if all(param.grad is None for param in group["params"]):
+            group[POSITION] = 0
         elif own is not None and own.are_all(group["params"]):
-            group.pop(POSITION, None)
-            if position:
-                group[POSITION] = position
-                goes_on = True
+            group[POSITION] = position
+            goes_on = goes_on or position > 0
+    keep_counts(optimizer)
     engine.counted = {}
     if not goes_on:  # the scale was that of other gradients
         engine.window_scale = ...
+
+
+def keep_counts(optimizer: Any) -> None:
+    """Let each group have a count, where the optimizer has windows, and else none."""
+    windows = step.options_of(optimizer).accumulation_steps > 1
+    for group in optimizer.param_groups:
+        if windows:
+            group.setdefault(POSITION, 0)
+        else:
+            group.pop(POSITION, None)
 
 
 def close_without_gradients(optimizer: Any) -> None:
     """Close the window of every group that has counted gradients which are not there."""
     for group in optimizer.param_groups:
         if POSITION in group and all(param.grad is None for param in group["params"]):
-            del group[POSITION]
+            group[POSITION] = 0
 
 
 def check_new_group(optimizer: Any) -> None:
@@ -263,6 +281,22 @@ def check_new_group(optimizer: Any) -> None:
                 "this one's gradients first with model.zero_grad()"
             )
             raise ValueError(message)
+
+
+def is_to_make_state(optimizer: Any, window: Window) -> bool:
+    """Whether a step without a closure, None in its place, is no micro-batch but makes state.
+
+    torch.distributed.checkpoint makes the state that it loads into, or saves, so: of an optimizer
+    without any it sets all gradients to zeros and all learning rates to 0, calls
+    ``step(closure=None)`` and takes them away again. To count it would open a window.
+    """
+    groups = optimizer.param_groups
+    if optimizer.state or window.is_open():
+        return False
+    if any(float(group["lr"]) != 0.0 for group in groups if "lr" in group):
+        return False
+    grads = [param.grad for group in groups for param in group["params"] if param.requires_grad]
+    return all(grad is not None and not grad.is_meta and not grad.any() for grad in grads)
 
 
 def micro_step(

@@ -80,8 +80,9 @@ def kept_on_load(
     """
     given: dict[str, Any] = {}
 
-    def take(_: Optimizer, state_dict: dict[str, Any]) -> None:
-        given.update(state_dict)
+    def take(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        given.update(_without_what_was_not_saved(state_dict))
+        return given
 
     def put(_: Optimizer) -> None:
         _put(optimizer, given, wanted, scalars_of)
@@ -95,6 +96,22 @@ def kept_on_load(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _without_what_was_not_saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without the parameters that have nothing but empty dicts for state.
+
+    So torch.distributed.checkpoint says, of a flattened checkpoint, that a parameter had no state:
+    it was saved before its first step.
+    """
+    kept = {key: inner for key, inner in state_dict["state"].items() if not _is_nothing(inner)}
+    return {**state_dict, "state": kept}
+
+
+def _is_nothing(inner: object) -> bool:
+    if not isinstance(inner, dict) or not inner:
+        return False
+    return all(isinstance(value, dict) and not value for value in inner.values())
 
 
 def _put(
