@@ -3,7 +3,8 @@
 
 Half of the time of `make bench` would be imports. So one process imports what every cell needs and
 computes nothing; for each question it forks a child, which answers and ends. No parallel region has
-run before the fork, so a child has its own threads. What aborts beside another library (`apart.py`)
+run before the fork, so a child has its own threads; nor has numpy's BLAS any there, so that
+pyupdate/forks.py sees as much. What aborts beside another library (`apart.py`)
 or is to see the whole of a start (`costs.py`) still gets a new Python.
 """
 
@@ -63,6 +64,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 text=True,
             )
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -95,6 +95,15 @@ def threads() -> Iterator[tuple[int, ...]]:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch has two threads; the number in force is restored."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def backend_of_case(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs a test that is parametrised by a `training.Case` on the back end of its case."""
     case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import forks
 from ..kernels.language import Rule
 from ..kernels.rules import RULES
 from ..native import passes_digest
@@ -172,7 +173,7 @@ class Part:
         self.rows = rows
         self.module = module
         self._rules = rules
-        self._threads = torch.get_num_threads
+        self._threads = forks.threads
         self._found = module.Found
         self._ready = module.Found.READY
         self._plan = plan_of(module.Plan, rows, rules, averages)
@@ -210,7 +211,7 @@ class Part:
         asked = []
         for part, inputs, request, _ in joinings:
             asked.append((part._plan, inputs.groups, inputs.state, inputs.numbers, request))
-        answers = module.step_together(asked, torch.get_num_threads())
+        answers = module.step_together(asked, forks.threads())
         if not answers:
             return None
         return [

@@ -21,7 +21,6 @@ from ..kernels.language import Rule, named_results
 from ..kernels.reduction import largest_of_row, sum_of_row
 from ..kernels.rules import averaged, clipped, magnitude, nonfinite, squared
 from ..options import LastUpdate
-from ..pytorch.forks import one_thread_in_forked_child
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import (
     AVERAGE,
@@ -77,7 +76,6 @@ class Part:
         del inputs, request, scaling
         return None
 
-    @one_thread_in_forked_child()
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
         listed = [id(param) for group in inputs.groups for param in group["params"]]
@@ -102,7 +100,6 @@ class Part:
         check_all_memory(self.rows, self._rules, inputs)
         return fresh
 
-    @one_thread_in_forked_child()
     def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
         """After a `check`: whether an inf or nan was found, and what each row adds to the norm."""
         del inputs
@@ -119,7 +116,6 @@ class Part:
                 found = found or bool(bind(nonfinite, "torch")(scaled).any())
         return found, sums
 
-    @one_thread_in_forked_child()
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write.
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
+from ..forks import one_thread_in_forked_child
 from ..options import options_from, shows_options
 from ..pytorch import accumulation, state
 from ..pytorch import step as engine
@@ -55,7 +56,8 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
             message = f"cannot accelerate {found}{why}; accepted are {names} as torch made them"
             raise TypeError(message)
     engine.check_options(type(optimizer), checked)
-    wide = state.converted(optimizer, checked.state_dtype)
+    with one_thread_in_forked_child():
+        wide = state.converted(optimizer, checked.state_dtype)
     if not isinstance(optimizer, Planned):
         scheduled = optimizer.__dict__.pop("step", None)
         optimizer.__class__ = DROP_INS[type(optimizer)]  # type: ignore[assignment]

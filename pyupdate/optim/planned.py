@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .. import amp
 from ..eagerly import eagerly
+from ..forks import one_thread_in_forked_child
 from ..kernels.language import Rule
 from ..options import PARAMETERS, LastUpdate, Options
 from ..pytorch import accumulation, state
@@ -86,12 +87,13 @@ class Planned(Optimizer):
         given = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         self.pyupdate_options = Options(**given)
         engine.check_options(type(self), self.pyupdate_options)
-        super().__init__(*args, **kwargs)
-        if engine.is_differentiable(self):
-            self._check_differentiable()
-        wanted = self.pyupdate_options.state_dtype
-        for inner, key, value in state.converted(self, wanted):  # Adagrad's constructor makes state
-            inner[key] = value
+        with one_thread_in_forked_child():  # Adagrad's constructor makes state
+            super().__init__(*args, **kwargs)
+            if engine.is_differentiable(self):
+                self._check_differentiable()
+            wanted = self.pyupdate_options.state_dtype
+            for inner, key, value in state.converted(self, wanted):
+                inner[key] = value
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let ``help`` show the constructor of the class below with the options behind it.
@@ -183,7 +185,8 @@ class Planned(Optimizer):
         """
         before = accumulation.counts_of(self)
         wanted = engine.options_of(self).state_dtype
-        with state.kept_on_load(self, wanted, lambda index: _scalars_of(self, index)):
+        kept = state.kept_on_load(self, wanted, lambda index: _scalars_of(self, index))
+        with one_thread_in_forked_child(), kept:
             super().load_state_dict(state_dict)
         accumulation.check_loaded(self, before)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..forks import one_thread_in_forked_child
 from . import apply, step
 from .rows import AVERAGE
 
@@ -32,16 +33,16 @@ def swapped_in(target: Any) -> Iterator[None]:
         raise RuntimeError(message)
     averages = [_average_of(optimizer, param) for param in params]
     pairs = [(p, a) for p, a in zip(params, averages, strict=True) if a is not None]
-    with torch.no_grad():
+    with one_thread_in_forked_child(), torch.no_grad():
         kept = [param.detach().clone() for param, _ in pairs]
     engine.swapped = True
     try:
-        with torch.no_grad():
+        with one_thread_in_forked_child(), torch.no_grad():
             for param, average in pairs:
                 param.copy_(average)
         yield
     finally:
-        with torch.no_grad():
+        with one_thread_in_forked_child(), torch.no_grad():
             for (param, _), value in zip(pairs, kept, strict=True):
                 param.copy_(value)
         engine.swapped = False

@@ -17,7 +17,6 @@ import torch
 
 from ..kernels.language import Initial
 from . import state as states
-from .forks import one_thread_in_forked_child
 from .rows import AVERAGE, GroupRule, Inputs, Row, has_state, lacks_average
 
 SMALL = 1 << 14
@@ -83,7 +82,6 @@ class _CommonMemory:
         return found
 
 
-@one_thread_in_forked_child()
 def make_state(
     rows: Sequence[Row],
     rules: Sequence[GroupRule],

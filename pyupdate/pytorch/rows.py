@@ -14,7 +14,6 @@ from ..kernels.language import Rule
 from ..options import LastUpdate
 from . import checks
 from . import state as states
-from .forks import one_thread_in_forked_child
 
 Group = dict[str, Any]
 State = Mapping[torch.Tensor, dict[str, Any]]
@@ -360,7 +359,6 @@ def mend_row(row: Row, rule: GroupRule, inputs: Inputs) -> bool:
     return mended
 
 
-@one_thread_in_forked_child()
 def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) -> None:
     """Refuse a step of these rows that would write one place twice; exact, so slow."""
     memories = []
