@@ -291,9 +291,9 @@ def is_to_make_state(optimizer: Any, window: Window) -> bool:
     ``step(closure=None)`` and takes them away again. To count it would open a window.
     """
     groups = optimizer.param_groups
-    if optimizer.state or window.is_open():
+    if optimizer.state or any(float(group["lr"]) != 0.0 for group in groups if "lr" in group):
         return False
-    if any(float(group["lr"]) != 0.0 for group in groups if "lr" in group):
+    if window.is_open():
         return False
     grads = [param.grad for group in groups for param in group["params"] if param.requires_grad]
     return all(grad is not None and not grad.is_meta and not grad.any() for grad in grads)
