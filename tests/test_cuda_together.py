@@ -8,6 +8,7 @@ test_cuda_backend.py's.
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -87,7 +88,7 @@ def keeping(models: list[nn.Module], turn: int) -> Deferred:
         if held is None:
             model.held = held = [param.grad for param in model.parameters()]
         for param, grad in zip(model.parameters(), held, strict=True):
-            with torch.no_grad():
+            if grad is not None:
                 grad.copy_(param.grad)
             param.grad = grad
     return deferred
@@ -134,6 +135,75 @@ def test_a_parameter_without_a_gradient(backend, regions):
             make(waits)
         assert_same(ours, truths)
     assert regions == [0, 3, 3, 3]
+
+
+@pytest.mark.parametrize("one", range(3))
+def test_only_one_is_clipped(one, backend, regions):
+    def made():
+        models = nets(3)
+        models[one].current_optimizer = pyupdate.optim.AdamW(
+            models[one].parameters(), lr=0.1, max_norm=0.5
+        )
+        return models
+
+    ours, truths = made(), made()
+    for turn in range(3):
+        drain(pending(ours, turn))
+        one_by_one(pending(truths, turn))
+        assert_same(ours, truths)
+    assert regions == [0, 3, 3]
+    assert [pyupdate.last_update(model).norm is None for model in ours].count(False) == 1
+
+
+def test_a_scaler_that_was_asked_to_unscale_one_of_them(backend, regions):
+    ours, truths = nets(3), nets(3)
+    for turn in range(4):
+        scales = []
+        for each, make in ((ours, drain), (truths, one_by_one)):
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            waits = pending([each[0]], turn)
+            loss = each[1].loss(turn, math.inf if turn == 2 else 1.0)
+            update_model(each[1], loss, scaler=scaler, defer=True, deferred=waits)
+            update_model(each[2], each[2].loss(turn), defer=True, deferred=waits)
+            scaler.unscale_(each[1].current_optimizer)
+            make(waits)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        assert_same(ours, truths)
+        assert scales == ([4.0, 4.0] if turn == 2 else [8.0, 8.0])
+        skips = [pyupdate.last_update(model).skipped for model in ours]
+        assert skips == [False, turn == 2, False]
+    assert regions == [0, 3, 3, 3]
+
+
+@pytest.mark.parametrize("new", ["1", "2", "02", "012"])
+def test_state_that_was_loaded_is_no_first_step(new, backend, regions, sent):
+    # Torch does not count SGD's steps. With dampening, a second one is another than a first.
+    def optimizer_of(model):
+        return pyupdate.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+
+    def made():
+        models = nets(3)
+        for model in models:
+            model.current_optimizer = optimizer_of(model)
+        return models
+
+    ours, truths = made(), made()
+    for turn in range(3):
+        for each, make in ((ours, drain), (truths, one_by_one)):
+            make(keeping(each, turn))
+    assert len(sent) == 1
+    for each in (ours, truths):
+        for model in (each[int(name)] for name in new):
+            saved = model.current_optimizer.state_dict()
+            model.current_optimizer = optimizer_of(model)
+            model.current_optimizer.load_state_dict(saved)
+    for turn in range(3):
+        for each, make in ((ours, drain), (truths, one_by_one)):
+            make(keeping(each, turn))
+        assert_same(ours, truths)
+    assert regions == [0, 3, 3, 3, 3, 3]
+    assert len(sent) == 2  # once for those that were loaded
 
 
 # ----- what it costs ------------------------------------------------------------------------------
@@ -197,4 +267,34 @@ def test_what_is_to_be_sent_while_a_graph_is_captured_is_refused(backend, monkey
     waits = keeping(models, 3)
     models[1].a.grad = models[1].a.grad.clone()
     with pytest.raises(RuntimeError, match="the memory of the gradient of 'a' is another one"):
+        drain(waits)
+
+
+class Named(nn.Module):
+    """Parameters of these names; what ends in "unused" no loss reaches."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Parameter(torch.ones(5)))
+
+    def loss(self, turn: int) -> torch.Tensor:
+        reached = [p for name, p in self.named_parameters() if not name.endswith("unused")]
+        return torch.stack(reached).sum() * turn
+
+
+@pytest.mark.parametrize("name", ["x", "y", "other_y", "z", "last_z"])
+def test_what_has_moved_is_named(name, backend, monkeypatch):
+    names = ("unused", "x"), ("y", "y_unused", "other_y"), ("a", "z_unused", "z", "last_z")
+    models = [
+        build(Named(*each), "adamw", model_name=f"net {i}", max_norm=1.0)
+        for i, each in enumerate(names)
+    ]
+    for turn in (1, 2):
+        drain(keeping(models, turn))
+    waits = keeping(models, 3)
+    (param,) = (p for m in models for called, p in m.named_parameters() if called == name)
+    param.grad = param.grad.clone()
+    monkeypatch.setenv("PYUPDATE_TEST_CAPTURING", "1")
+    with pytest.raises(RuntimeError, match=f"of the gradient of '{name}' is another one"):
         drain(waits)
