@@ -168,12 +168,15 @@ print(child_says(lambda: child_says(lambda: b"")).decode())
 """
 
 
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2", "OMP_DYNAMIC": "false"}
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc/self/task")
 def test_a_child_of_one_thread_is_not_held_back():
     # Its torch has a pool of its own, which its own child has not; and so on.
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _GENERATIONS],
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_DYNAMIC": "false"},
+        env={**os.environ, **_ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=4 * WATCHDOG,
