@@ -20,9 +20,21 @@ namespace {
 constexpr size_t kBegin = 8;  // behind the table of virtual functions
 constexpr size_t kEndOfImplementation = 80, kEndOfAutograd = 120;
 
-std::optional<size_t> find(const void* in, size_t end, const void* wanted) {
-  for (size_t offset = kBegin; wanted != nullptr && offset < end; offset += sizeof(void*)) {
-    if (pointer_at(in, offset) == wanted) return offset;
+// A place, and what stands there.
+struct Sample {
+  const void* in;
+  const void* wanted;
+};
+
+// The first offset at which all samples have what is wanted. One will not do: memory that torch has
+// not written to may hold the very pointer, from before it was freed.
+std::optional<size_t> find(size_t end, const std::vector<Sample>& samples) {
+  for (size_t offset = kBegin; offset < end; offset += sizeof(void*)) {
+    if (std::all_of(samples.begin(), samples.end(), [&](const Sample& sample) {
+          return sample.wanted != nullptr && pointer_at(sample.in, offset) == sample.wanted;
+        })) {
+      return offset;
+    }
   }
   return std::nullopt;
 }
@@ -36,30 +48,46 @@ std::optional<Leads> look() {
   const auto made = [&](bool leaf) -> py::object {
     return torch.attr("zeros")(1, py::arg("device") = "cpu", py::arg("requires_grad") = leaf);
   };
-  const py::object plain = made(false), leaf = made(true);
+  const py::object plain = made(false), leaf = made(true), other = made(false), twin = made(true);
   leaf.attr("grad") = plain;
+  twin.attr("grad") = other;
   const py::object alias = plain.attr("detach")();  // of the same storage and version counter
   const void* impl = said(plain, "_cdata");
   const void* of_leaf = said(leaf, "_cdata");
+  const void* of_other = said(other, "_cdata");
+  const void* of_twin = said(twin, "_cdata");
   const void* of_alias = said(alias, "_cdata");
-  const py::object storage = plain.attr("untyped_storage")();
+  const auto storage = [](const py::object& tensor) {
+    return said(tensor.attr("untyped_storage")(), "_cdata");
+  };
   const auto implementation =
-      find(plain.ptr(), static_cast<size_t>(Py_TYPE(plain.ptr())->tp_basicsize), impl);
-  const auto to_storage = find(impl, kEndOfImplementation, said(storage, "_cdata"));
-  const auto object = find(impl, kEndOfImplementation, plain.ptr());
+      find(static_cast<size_t>(Py_TYPE(plain.ptr())->tp_basicsize),
+           {{plain.ptr(), impl}, {leaf.ptr(), of_leaf}, {other.ptr(), of_other}});
+  const auto to_storage =
+      find(kEndOfImplementation,
+           {{impl, storage(plain)}, {of_leaf, storage(leaf)}, {of_other, storage(other)}});
+  const auto object = find(kEndOfImplementation,
+                           {{impl, plain.ptr()}, {of_leaf, leaf.ptr()}, {of_other, other.ptr()}});
   if (!implementation || !to_storage || !object) return std::nullopt;
   // What only a leaf that needs a gradient has, and what a tensor has in common with its alias.
   std::optional<size_t> autograd, version;
   for (size_t at = *to_storage + sizeof(void*); at < kEndOfImplementation; at += sizeof(void*)) {
-    const char* of_plain = pointer_at(impl, at);
-    if (!autograd && of_plain == nullptr && pointer_at(of_leaf, at) != nullptr) autograd = at;
+    const auto there = [at](const void* of) { return pointer_at(of, at); };
+    const bool of_leaves = there(impl) == nullptr && there(of_other) == nullptr &&
+                           there(of_leaf) != nullptr && there(of_twin) != nullptr &&
+                           there(of_leaf) != there(of_twin);
+    if (!autograd && of_leaves) autograd = at;
     // And with no other tensor: its number of dimensions it has in common with many.
-    const bool shared = pointer_at(of_alias, at) == of_plain && pointer_at(of_leaf, at) != of_plain;
-    if (!version && of_plain != nullptr && shared) version = at;
+    const bool shared = there(of_alias) == there(impl) && there(of_leaf) != there(impl) &&
+                        there(of_other) != there(impl);
+    if (!version && there(impl) != nullptr && shared) version = at;
   }
   if (!autograd || !version) return std::nullopt;
-  const auto grad = find(pointer_at(of_leaf, *autograd), kEndOfAutograd, impl);
+  const auto grad = find(kEndOfAutograd, {{pointer_at(of_leaf, *autograd), impl},
+                                          {pointer_at(of_twin, *autograd), of_other}});
   if (!grad) return std::nullopt;
+  leaf.attr("grad") = other;  // what was found by chance does not follow
+  if (pointer_at(pointer_at(of_leaf, *autograd), *grad) != of_other) return std::nullopt;
   return Leads{*implementation, *to_storage, *autograd, *version, *object, *grad};
 }
 
@@ -77,7 +105,7 @@ inline const char* follow(const void* from, size_t offset) {
 }
 
 inline void load_object(const PyObject* tensor) { load(tensor, 0, 16); }
-inline void load_implementation(const void* impl) { load(impl, 0, 64, 128, 176); }
+inline void load_implementation(const void* impl) { load(impl, 0, 64, 128, 168); }
 inline void load_storage(const void* storage) { load(storage, 0, 64); }
 
 // What stands in an optimizer's state may be no dict; the processor takes it for one meanwhile.

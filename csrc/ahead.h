@@ -18,8 +18,8 @@
 
 namespace pyupdate::ahead {
 
-// Where torch keeps what a tensor's object leads to, in bytes. Not known but looked for: in a
-// tensor of which torch says what it leads to.
+// Where torch keeps what a tensor's object leads to, in bytes. Not known but looked for: in tensors
+// of which torch says what they lead to.
 struct Leads {
   size_t implementation;              // from the Python object
   size_t storage, autograd, version;  // from the implementation
