@@ -15,12 +15,14 @@ AVERAGE = tl.constexpr(6)
 SIZE = tl.constexpr(7)
 FIRST_CHUNK = tl.constexpr(8)
 CLASS = tl.constexpr(9)
-STEP = tl.constexpr(10)
-SCALARS = tl.constexpr(11)
-IDENTITY = tl.constexpr(13)
-WIDTH = tl.constexpr(14)
+MEMBER = tl.constexpr(10)
+STEP = tl.constexpr(11)
+SCALARS = tl.constexpr(12)
+IDENTITY = tl.constexpr(14)
+WIDTH = tl.constexpr(15)
 
-# What a step asks for, in fp64; the seed is an int64 in the place of one.
+# What a step asks for, in fp64, for each of the plans that are its members; the seed is an int64 in
+# the place of one.
 UNSCALE = tl.constexpr(0)
 DIVISOR = tl.constexpr(1)
 MAX_NORM = tl.constexpr(2)
@@ -29,12 +31,20 @@ EMA_WEIGHT = tl.constexpr(4)
 SKIP_NONFINITE = tl.constexpr(5)
 FINITE_NORM = tl.constexpr(6)
 SEED = tl.constexpr(7)
-REQUEST = tl.constexpr(8)
+REDUCES = tl.constexpr(8)
+REQUEST = tl.constexpr(9)
 
-# What a step finds, in fp64.
+# What REDUCES says: which norm is taken, or that none is.
+NO_NORM = tl.constexpr(0)
+TWO_NORM = tl.constexpr(1)
+INF_NORM = tl.constexpr(2)
+RESULT = tl.constexpr(3)
+
+# What a step finds, in fp64, for each member.
 MULTIPLIER = tl.constexpr(0)
 SKIP = tl.constexpr(1)
 NORM = tl.constexpr(2)
+RESULT = tl.constexpr(3)
 
 # What a stage takes and gives, as one number each: a role, or these and an index.
 HYPER = tl.constexpr(100)

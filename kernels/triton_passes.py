@@ -2,7 +2,9 @@
 """The apply pass in Triton, generic over the rule: the mirror of csrc/element.h.
 
 A launch takes all rows of one (rule, storages, alignment), whatever their number, from int64 tables
-on the device: a program is one chunk of one row. What a step does with them:
+on the device: a program is one chunk of one row. The rows may be those of several plans that are
+stepped as one: a row says whose it is, and each member has its own request, norm, multiplier and
+skip. What a step does with them:
 
     reduce_pass   (triton_reduce.py)    norm and finite check; multiplier, skip, hypers
     or prepare_pass, where neither is asked for        multiplier, skip, hypers alone
@@ -40,8 +42,11 @@ from .triton_layout import (
     FIRST_CHUNK,
     HYPER,
     IDENTITY,
+    MEMBER,
     MULTIPLIER,
     PER_TENSOR,
+    REQUEST,
+    RESULT,
     SCALARS,
     SEED,
     SIZE,
@@ -182,19 +187,25 @@ def apply_pass(
     clips: tl.constexpr,
     is_by_chance: tl.constexpr,
     averages: tl.constexpr,
+    is_joint: tl.constexpr,
 ):
     """Make one stage of a rule on one chunk.
 
     The chunks go backwards: what the reduce pass has read last is still in the cache. The first
     chunk of a row also advances its step and counted scalars. A stage that `ends` leaves
-    sums or has a turn, made with the last of a row's chunks to be done.
+    sums or has a turn, made with the last of a row's chunks to be done. Where it `is_joint`, rows
+    are of several members: to look up whose takes 11 registers more on sm_80 (ptxas 12.9).
     """
+    last = tl.num_programs(0) - 1
+    item = tl.load(work + (last - tl.program_id(0)))
+    r = item >> 32
+    row = rows + r * WIDTH
+    if is_joint:
+        member = tl.load(row + MEMBER)
+        request += member * REQUEST
+        result += member * RESULT
     if tl.load(result + SKIP) == 0.0:
         compute: tl.constexpr = tl.float64 if param == tl.float64 else tl.float32
-        last = tl.num_programs(0) - 1
-        item = tl.load(work + (last - tl.program_id(0)))
-        r = item >> 32
-        row = rows + r * WIDTH
         chunk = item & 0xFFFFFFFF
         begin = chunk * CHUNK
         count = min(tl.load(row + SIZE) - begin, CHUNK).to(tl.int32)

@@ -12,7 +12,18 @@ import triton.language as tl
 
 from .bind import bind
 from .rules import magnitude, nonfinite, squared
-from .triton_layout import CHUNK, FIRST_CHUNK, SIZE, WIDTH, loaded
+from .triton_layout import (
+    CHUNK,
+    FIRST_CHUNK,
+    INF_NORM,
+    MEMBER,
+    REDUCES,
+    REQUEST,
+    SIZE,
+    TWO_NORM,
+    WIDTH,
+    loaded,
+)
 from .triton_order import joined, tree_of_lanes
 from .triton_tail import decide, is_last, prepare_class, unscale_of
 
@@ -56,12 +67,14 @@ def lanes_of(
     return total
 
 
-@triton.jit(do_not_specialize=["total_chunks", "total_rows", "class_count"])
+@triton.jit(do_not_specialize=["total_chunks", "total_rows", "member_count", "class_count"])
 def reduce_pass(
     rows,
     work,
     chunk_of,
+    row_of,
     first_chunks,
+    first_rows,
     request,
     scale,
     found,
@@ -75,6 +88,7 @@ def reduce_pass(
     classes,
     total_chunks,
     total_rows,
+    member_count,
     class_count,
     prepare: tl.constexpr,
     number_count: tl.constexpr,
@@ -90,30 +104,35 @@ def reduce_pass(
 ):
     """Sum the squares of a chunk of unscaled gradients, or find their largest magnitude.
 
-    Whether an inf or nan is among them is looked for only where that is not finite. Of a rule's
-    launches the last one also makes its classes; the last launch of all `decides`.
+    Whether an inf or nan is among them is looked for only where that is not finite. Members that
+    ask for another norm, or for none, are left alone. Of a rule's launches the last one also makes
+    its classes; the last launch of a norm `decides`.
     """
     compute: tl.constexpr = tl.float64 if grad == tl.float64 else tl.float32
+    wanted: tl.constexpr = INF_NORM if is_inf_norm else TWO_NORM
     item = tl.load(work + tl.program_id(0))
     row = rows + (item >> 32) * WIDTH
-    chunk = item & 0xFFFFFFFF
-    begin = chunk * CHUNK
-    count = min(tl.load(row + SIZE) - begin, CHUNK).to(tl.int32)
-    address = tl.load(row + 1) + begin * (grad.primitive_bitwidth // 8)
-    unscale = unscale_of(request, scale, is_scaled).to(compute)
-    if is_inf_norm:
-        lanes = lanes_of(address, count, unscale, magnitude_of, grad, aligned, True)
-        total = tree_of_lanes(lanes, True)
-    else:
-        lanes = lanes_of(address, count, unscale, squared_of, grad, aligned, False)
-        total = tree_of_lanes(lanes, False)
-    at = tl.load(row + FIRST_CHUNK) + chunk
-    tl.store(sums + at, total)
-    flag = 0.0
-    if total - total != 0.0:
-        bad = lanes_of(address, count, unscale, nonfinite_of, grad, aligned, False)
-        flag = tree_of_lanes(bad, False).to(tl.float32)
-    tl.store(flags + at, flag)
+    member = tl.load(row + MEMBER)
+    own = request + member * REQUEST
+    if tl.load(own + REDUCES) == wanted:
+        chunk = item & 0xFFFFFFFF
+        begin = chunk * CHUNK
+        count = min(tl.load(row + SIZE) - begin, CHUNK).to(tl.int32)
+        address = tl.load(row + 1) + begin * (grad.primitive_bitwidth // 8)
+        unscale = unscale_of(own, scale + member, is_scaled).to(compute)
+        if is_inf_norm:
+            lanes = lanes_of(address, count, unscale, magnitude_of, grad, aligned, True)
+            total = tree_of_lanes(lanes, True)
+        else:
+            lanes = lanes_of(address, count, unscale, squared_of, grad, aligned, False)
+            total = tree_of_lanes(lanes, False)
+        at = tl.load(row + FIRST_CHUNK) + chunk
+        tl.store(sums + at, total)
+        flag = 0.0
+        if total - total != 0.0:
+            bad = lanes_of(address, count, unscale, nonfinite_of, grad, aligned, False)
+            flag = tree_of_lanes(bad, False).to(tl.float32)
+        tl.store(flags + at, flag)
     if prepare is not None:
         for c in range(tl.program_id(0), class_count, tl.num_programs(0)):
             prepare_class(
@@ -132,12 +151,15 @@ def reduce_pass(
         if is_last(ticket, tl.num_programs(0)):
             decide(
                 chunk_of,
+                row_of,
                 sums,
                 flags,
                 row_sums,
                 first_chunks,
+                first_rows,
                 total_chunks,
                 total_rows,
+                member_count,
                 request,
                 scale,
                 found,
@@ -149,7 +171,7 @@ def reduce_pass(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["member_count"])
 def prepare_pass(
     request,
     scale,
@@ -158,6 +180,7 @@ def prepare_pass(
     class_table,
     numbers,
     classes,
+    member_count,
     prepare: tl.constexpr,
     number_count: tl.constexpr,
     counted: tl.constexpr,
@@ -179,8 +202,11 @@ def prepare_pass(
                 None,
                 None,
                 None,
+                None,
+                None,
                 0,
                 0,
+                member_count,
                 request,
                 scale,
                 found,

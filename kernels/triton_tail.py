@@ -26,16 +26,21 @@ from .triton_layout import (
     FINITE_NORM,
     FIRST_CHUNK,
     HYPER,
+    INF_NORM,
     MAX_NORM,
     MULTIPLIER,
     NORM,
     NUMEL,
     PER_TENSOR,
+    REDUCES,
+    REQUEST,
+    RESULT,
     SCALAR,
     SCALARS,
     SIZE,
     SKIP,
     SKIP_NONFINITE,
+    TWO_NORM,
     UNSCALE,
 )
 from .triton_order import joined, load_number, store_number, tree_in_place
@@ -74,50 +79,45 @@ def unscale_of(request, scale, is_scaled: tl.constexpr):
 
 
 @triton.jit
-def joined_rows(chunk_of, sums, row_sums, rows, total_chunks, total_rows, is_largest: tl.constexpr):
-    """The sum of all rows, in their order, of the chunks' sums; overwrites both.
+def join_runs(of, values, total, is_largest: tl.constexpr):
+    """Join the values of each run into its first; all runs' trees go down together, by levels.
 
-    All rows' trees go down together, level by level: `chunk_of` has a chunk's index in its row
-    and the row's number of chunks (index << 32 | number). `rows` are the first chunks of rows.
+    `of` has of each value its index in its run and how many that run has (index << 32 | number).
     """
     most = tl.full((), 0, tl.int64)
-    for start in range(0, total_chunks, WIDE):
-        c = start + tl.arange(0, WIDE)
-        numbers = tl.load(chunk_of + c, c < total_chunks, other=0) & 0xFFFFFFFF
+    for start in range(0, total, WIDE):
+        v = start + tl.arange(0, WIDE)
+        numbers = tl.load(of + v, v < total, other=0) & 0xFFFFFFFF
         most = max(most, tl.max(numbers, 0))
     half = tl.full((), 1, tl.int64)
     while half < most:
         half *= 2
     half = half // 2
     while half > 0:
-        for start in range(0, total_chunks, WIDE):
-            c = start + tl.arange(0, WIDE)
-            of = tl.load(chunk_of + c, c < total_chunks, other=0)
-            index = of >> 32
-            inside = (index < half) & (index + half < (of & 0xFFFFFFFF))
-            at = sums + c
+        for start in range(0, total, WIDE):
+            v = start + tl.arange(0, WIDE)
+            place = tl.load(of + v, v < total, other=0)
+            index = place >> 32
+            inside = (index < half) & (index + half < (place & 0xFFFFFFFF))
+            at = values + v
             upper = tl.load(at + half, inside, other=0.0)
             tl.store(at, joined(tl.load(at, inside, other=0.0), upper, is_largest), inside)
         tl.debug_barrier()
         half = half // 2
-    for start in range(0, total_rows, WIDE):
-        r = start + tl.arange(0, WIDE)
-        inside = r < total_rows
-        first = tl.load(rows + r, inside, other=0)
-        tl.store(row_sums + r, tl.load(sums + first, inside, other=0.0), inside)
-    tl.debug_barrier()
-    return tree_in_place(row_sums, 0, total_rows, is_largest, WIDE)
 
 
 @triton.jit
 def decide(
     chunk_of,
+    row_of,
     sums,
     flags,
     row_sums,
     first_chunks,
+    first_rows,
     total_chunks,
     total_rows,
+    member_count,
     request,
     scale,
     found,
@@ -127,29 +127,58 @@ def decide(
     is_scaled: tl.constexpr,
     is_found: tl.constexpr,
 ):
-    """Norm, multiplier and skip of a step; by one program."""
-    taken = unscale_of(request, scale, is_scaled)
-    norm = -1.0
-    skip = 0.0
-    if is_found:
-        skip = tl.where(tl.load(found) != 0.0, 1.0, 0.0)
+    """Norm, multiplier and skip of each member of a step; by one program.
+
+    Chunks are joined to rows, and rows, in their order, to members: all at once. Who asks for the
+    other norm has launches of its own; what stands in its place is joined here, too, but not read.
+    """
+    wanted: tl.constexpr = INF_NORM if is_inf_norm else TWO_NORM
+    other: tl.constexpr = TWO_NORM if is_inf_norm else INF_NORM
     if reduces:
-        total = joined_rows(
-            chunk_of, sums, row_sums, first_chunks, total_chunks, total_rows, is_inf_norm
-        )
-        norm = total if is_inf_norm else tl.sqrt(total)
-        bad = tl.zeros((WIDE,), tl.float32)
-        for start in range(0, total_chunks, WIDE):
-            c = start + tl.arange(0, WIDE)
-            bad += tl.load(flags + c, c < total_chunks, other=0.0)
-        is_bad = tl.max(bad, 0) != 0.0
-        taken = multiplier_of(norm, taken, tl.load(request + MAX_NORM))
-        unwanted = is_bad & (tl.load(request + SKIP_NONFINITE) != 0.0)
-        unwanted |= (norm - norm != 0.0) & (tl.load(request + FINITE_NORM) != 0.0)
-        skip = tl.where(unwanted, 1.0, skip)
-    tl.store(result + NORM, norm)
-    tl.store(result + MULTIPLIER, taken)
-    tl.store(result + SKIP, skip)
+        join_runs(chunk_of, sums, total_chunks, is_inf_norm)
+        for start in range(0, total_rows, WIDE):
+            r = start + tl.arange(0, WIDE)
+            inside = r < total_rows
+            first = tl.load(first_chunks + r, inside, other=0)
+            tl.store(row_sums + r, tl.load(sums + first, inside, other=0.0), inside)
+        tl.debug_barrier()
+        join_runs(row_of, row_sums, total_rows, is_inf_norm)
+    for member in range(0, member_count):
+        own = request + member * REQUEST
+        asks = tl.load(own + REDUCES) if reduces else 0.0
+        if asks != other:
+            taken = unscale_of(own, scale + member, is_scaled)
+            norm = tl.full((), -1.0, tl.float64)
+            skip = 0.0
+            if is_found:
+                skip = tl.where(tl.load(found + member) != 0.0, 1.0, 0.0)
+            if reduces:
+                if asks == wanted:
+                    row = tl.load(first_rows + member)
+                    norm = tl.load(row_sums + row)
+                    if not is_inf_norm:
+                        norm = tl.sqrt(norm)
+                    taken = multiplier_of(norm, taken, tl.load(own + MAX_NORM))
+                    if norm - norm != 0.0:
+                        begin = tl.load(first_chunks + row)
+                        end = tl.load(first_chunks + tl.load(first_rows + member + 1))
+                        is_bad = any_of(flags, begin, end)
+                        unwanted = is_bad & (tl.load(own + SKIP_NONFINITE) != 0.0)
+                        unwanted |= tl.load(own + FINITE_NORM) != 0.0
+                        skip = tl.where(unwanted, 1.0, skip)
+            tl.store(result + member * RESULT + NORM, norm)
+            tl.store(result + member * RESULT + MULTIPLIER, taken)
+            tl.store(result + member * RESULT + SKIP, skip)
+
+
+@triton.jit
+def any_of(flags, begin, end):
+    """Whether one of them is not zero."""
+    found = tl.zeros((WIDE,), tl.float32)
+    for start in range(begin, end, WIDE):
+        f = start + tl.arange(0, WIDE)
+        found += tl.load(flags + f, f < end, other=0.0)
+    return tl.max(found, 0) != 0.0
 
 
 @triton.jit

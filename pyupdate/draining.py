@@ -36,10 +36,10 @@ def drain(deferred: MutableMapping[str, list[Callable[[], None]]]) -> None:
     """Make every update that waits in a deferred dict, and take it out.
 
     The same as calling every callable in the dict's order, to the bit. Updates of different models
-    that nothing stands between are made in one parallel region (back end ``cpu``), each with its
-    own norm, multiplier, scaler and skip: faster where models are small. Those with step hooks,
-    ``ema_decay`` or ``error_if_nonfinite`` are made alone. Callables of your own are called in
-    their place.
+    that nothing stands between are made in one parallel region (back end ``cpu``) or by the
+    launches of one (``cuda``, ``triton``), each with its own norm, multiplier, scaler and skip:
+    faster where models are small. Those with step hooks or ``error_if_nonfinite``, among others,
+    are made alone. Callables of your own are called in their place.
 
     Args:
         deferred: what ``update_model(..., defer=True, deferred=...)`` has filled. Callables that

@@ -214,8 +214,8 @@ def test_tables_are_sent_again_only_where_a_pointer_moved(monkeypatch, compiled,
     from pyupdate.backends.triton import Part
 
     sent = []
-    send = Part._send
-    monkeypatch.setattr(Part, "_send", lambda self, host: (sent.append(host), send(self, host))[1])
+    send = Part.send
+    monkeypatch.setattr(Part, "send", lambda self, host: (sent.append(host), send(self, host))[1])
     param = torch.nn.Parameter(torch.ones(70))
     param.grad = torch.ones(70)
     optimizer = pyupdate.optim.AdamW([param], max_norm=1.0)

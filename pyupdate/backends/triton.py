@@ -32,8 +32,10 @@ from ..pytorch.rows import (
 )
 from . import say_once
 from .plain import is_plain, mend
-from .triton_memory import Extents, address, tagged, versions
-from .triton_rows import MAX_SCALARS, MAX_STATES, Entry
+from .triton_memory import address, refuse_capture, tagged, versions
+from .triton_rows import MAX_SCALARS, MAX_STATES, Drawn, Entry, Rows
+from .triton_step import Asked, what_was_done
+from .triton_together import Together, step_together
 
 if TYPE_CHECKING:
     from .triton_tables import Tables
@@ -94,13 +96,16 @@ class Part:
         self.rows = rows
         self._rules = rules
         self._averages = averages
-        self._device = rows[0].param.device
-        self._is_cuda = self._device.type == "cuda"
+        self.device = rows[0].param.device
+        self.together = Together()
+        """What it keeps where it is the first of several that are stepped as one."""
+        self._is_cuda = self.device.type == "cuda"
+        self._drawn: Drawn | None = None
         self._tables: Tables | None = None
         self._active: list[int] = []
         self._seen: list[Any] | None = None
         self._listed: list[int] | None = None
-        self._counters = torch.zeros(len(rows), dtype=torch.float64, device=self._device)
+        self._counters = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
         self._counted: dict[int, object] = {}  # by which buffer a counter of ours is known
         self._lacking: frozenset[int] = frozenset()
         self._made: frozenset[int] = frozenset()
@@ -109,12 +114,12 @@ class Part:
         self._written: list[torch.Tensor] = []
         self._held: list[torch.Tensor] = []
         self._versions: list[int] = []
-        self._extents = Extents([])
 
     @property
     def nbytes(self) -> int:
         """Memory of its tables on the device."""
-        return 0 if self._tables is None else self._tables.nbytes
+        own = 0 if self._tables is None else self._tables.nbytes
+        return own + self.together.nbytes
 
     # ----- one step -----------------------------------------------------------------------------
 
@@ -122,20 +127,22 @@ class Part:
         """The whole step without waiting for the device; None, and nothing done, without state."""
         if self.check(inputs) or not self._active:
             return None
-        tables = self._ready(inputs, request, scaling.unscale, scaling.divisor)
-        scale, found = scaling.scale_on(self._device), scaling.found_on(self._device)
-        reduces = request.reduce
-        result = tables.reduce(request, scale, found) if reduces else tables.prepare(scale, found)
-        tables.apply(request, result)
-        self._bump()
-        can_skip = request.skip or request.finite_norm or found is not None
-        made_there = reduces or scale is not None
-        return LastUpdate(
-            (lambda: float(result[2])) if reduces else None,
-            (lambda: bool(result[1] != 0.0)) if can_skip else False,
-            (lambda: float(result[0])) if made_there else scaling.unscale / scaling.divisor,
-            flag=result[1],
-        )
+        asked = self.asked(inputs, request, scaling)
+        (result,) = self._ready(asked).step([asked])
+        self.bump()
+        return what_was_done(result, asked)
+
+    def asked(self, inputs: Inputs, request: Request, scaling: Scaling) -> Asked:
+        """What it is asked for in a step."""
+        scale, found = scaling.scale_on(self.device), scaling.found_on(self.device)
+        unscale, divisor = scaling.unscale, scaling.divisor
+        return Asked(request, unscale, divisor, inputs.numbers, scale, found)
+
+    step_together = staticmethod(step_together)
+
+    def drawn(self, inputs: Inputs) -> Drawn | None:
+        """What its tables are made of, once all was checked; None where a step needs more."""
+        return self._drawn if not self.check(inputs) and self._active else None
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
@@ -156,7 +163,7 @@ class Part:
         if self._listed != listed:
             message = "the optimizer's parameters"
             raise Stale(message)
-        self._seen = self._tables = None
+        self._seen = self._drawn = None
         fresh, lacking = [], []
         self._active = [r for r, row in enumerate(self.rows) if row.param.grad is not None]
         for r in self._active:
@@ -173,7 +180,7 @@ class Part:
         self._lacking = frozenset(lacking)
         check_all_memory(self.rows, self._rules, inputs)
         if not fresh:
-            self._make_tables(inputs)
+            self._draw(inputs)
             self._seen = self._look(inputs)
             self._versions = versions(self._held)
         return fresh
@@ -185,19 +192,21 @@ class Part:
         """
         if not self._active:
             return False, {}
-        if self._tables is None:
-            self._make_tables(inputs)
-        tables = self._ready(inputs, request, request.unscale, 1.0)
-        tables.reduce(request, None, None)
+        if self._drawn is None:
+            self._draw(inputs)
+        asked = Asked(request, request.unscale, 1.0, inputs.numbers)
+        tables = self._ready(asked)
+        tables.reduce([asked])
         flags, sums = tables.found()
         return flags, dict(zip(self._active, sums, strict=True))
 
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
         if self._active:
-            tables = self._ready(inputs, request, multiplier, 1.0)
-            tables.apply(request, tables.prepare(None, None))
-            self._bump()
+            asked = Asked(request, multiplier, 1.0, inputs.numbers)
+            tables = self._ready(asked)
+            tables.apply([asked], tables.prepare([asked]))
+            self.bump()
         self._made = frozenset()
 
     def state_was_made(self) -> None:
@@ -259,13 +268,11 @@ class Part:
             if (to - was) % 16 or (to == 0) != (was == 0):
                 return False
             addresses.append(to)
-        gradients = [row.param.grad for row in (self.rows[r] for r in self._active)]
-        if self._extents.meet([g for g in gradients if g is not None]):
+        assert self._drawn is not None
+        gradients = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        if self._drawn.rows.written.meet(gradients, self._drawn.rows.gradient_bytes):
             return False
-        assert self._tables is not None
-        self._tables.move_gradients(
-            torch.tensor(addresses, dtype=torch.int64, device="cpu"), self._send
-        )
+        self._drawn = self._drawn._replace(gradients=gradients)
         return True
 
     def _kept(self, rule: GroupRule) -> tuple[str, ...]:
@@ -276,12 +283,11 @@ class Part:
 
     # ----- tables -------------------------------------------------------------------------------
 
-    def _make_tables(self, inputs: Inputs) -> None:
-        from .triton_tables import Tables
-
+    def _draw(self, inputs: Inputs) -> None:
+        """Note what tables are made of."""
         self._note_counts(inputs)
         entries = [self._entry(r, inputs) for r in self._active]
-        self._tables = Tables(entries, self._device, self._averages, self._send)
+        self._drawn = Drawn.of(Rows(entries, averages=self._averages))
         self._hold(inputs)
 
     def _note_counts(self, inputs: Inputs) -> None:
@@ -302,7 +308,6 @@ class Part:
             numbers = self._numbers(rule)
             moved = [inner[key] for key in self._kept(rule) if key not in numbers and key in inner]
             self._written += [t for t in (row.param, *moved) if not t.is_inference()]
-        self._extents = Extents([*(self.rows[r].param for r in self._active), *self._held])
 
     def _entry(self, r: int, inputs: Inputs) -> Entry:
         row = self.rows[r]
@@ -365,27 +370,29 @@ class Part:
         }
         self._counters_of = of
 
-    def _ready(self, inputs: Inputs, request: Request, unscale: float, divisor: float) -> Tables:
-        assert self._tables is not None
-        self._tables.ask(request, unscale, divisor, inputs.numbers, self._send)
+    def _ready(self, asked: Asked) -> Tables:
+        from .triton_tables import Tables
+
+        assert self._drawn is not None
+        if self._tables is None or not self._tables.are_of([self._drawn]):
+            self._tables = Tables([self._drawn], self.device, self.send)
+        self._tables.follow([self._drawn], self.send)
+        self._tables.ask([asked], self.send)
         return self._tables
 
-    def _bump(self) -> None:
+    def bump(self) -> None:
         """Let autograd know what was written; state that was made in one go has one version."""
         if self._written:
             increment_version(self._written)
             self._versions = versions(self._held)
 
-    def _send(self, host: torch.Tensor) -> torch.Tensor:
+    def send(self, host: torch.Tensor) -> torch.Tensor:
+        """A copy on the device, in the order of its stream; refused while a graph is captured."""
         self._refuse_while_capturing("a number of a group or of the step is another one")
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return host.pin_memory().to(self.device, non_blocking=True)
 
     def _refuse_while_capturing(self, why: str) -> None:
         if self._is_cuda and torch.cuda.is_current_stream_capturing():
-            message = (
-                f"while a CUDA graph is captured, nothing can be sent to the device, but {why}: "
-                "make three steps before the capture, with the same gradients in place"
-            )
-            raise RuntimeError(message)
+            refuse_capture(why)

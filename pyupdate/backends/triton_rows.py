@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from ..kernels.language import Rule
 from ..kernels.reduction import CHUNK
+from .triton_memory import Extents
 
 AVERAGE = 6  # the column of the average's address
 MAX_STATES, MAX_SCALARS = 4, 2
@@ -49,6 +53,17 @@ class Entry:
         """Whether every address is one of 16 bytes."""
         return all(address % 16 == 0 for address in (*self.addresses, self.average))
 
+    def written(self) -> Iterator[tuple[int, int]]:
+        """The address and the bytes of all that a step may write."""
+        size = self.size
+        yield self.addresses[0], size * self.param.itemsize
+        for state in self.addresses[2:]:
+            yield state, size * self.state.itemsize
+        yield self.average, size * max(4, self.param.itemsize) if self.average else 0
+        for number in (self.step, *self.scalars):
+            is_wide = number & 1
+            yield number - is_wide, (8 if is_wide else 4) if number else 0
+
     def columns(self) -> list[int]:
         """The table of rows up to its size."""
         absent = [0] * (AVERAGE - len(self.addresses))
@@ -58,6 +73,48 @@ class Entry:
         """The table behind its chunk and its class."""
         absent = [0] * (MAX_SCALARS - len(self.scalars))
         return [self.step, *self.scalars, *absent, self.identity]
+
+
+class Rows:
+    """The rows of a part that have a gradient, as it has found them.
+
+    Attributes:
+        entries: in order.
+        averages: whether each has an average beside its state.
+    """
+
+    def __init__(self, entries: Sequence[Entry], *, averages: bool) -> None:
+        self.entries = entries
+        self.averages = averages
+
+    @cached_property
+    def written(self) -> Extents:
+        """All that a step may write."""
+        return Extents.of([piece for entry in self.entries for piece in entry.written()])
+
+    @cached_property
+    def gradient_bytes(self) -> torch.Tensor:
+        """How many bytes each gradient has, on the host."""
+        sizes = [entry.size * entry.param.itemsize for entry in self.entries]
+        return torch.tensor(sizes, dtype=torch.int64, device="cpu")
+
+
+class Drawn(NamedTuple):
+    """What tables are made of; another one where anything is another one.
+
+    Attributes:
+        rows: all but where the gradients lie by now.
+        gradients: their addresses, in the order of the rows (int64, on the host).
+    """
+
+    rows: Rows
+    gradients: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> Drawn:
+        """As the entries say."""
+        addresses = [entry.addresses[1] for entry in rows.entries]
+        return cls(rows, torch.tensor(addresses, dtype=torch.int64, device="cpu"))
 
 
 def chunks_of(size: int) -> int:

@@ -60,21 +60,21 @@ class WatchedPart(Part):
             if found in (self._found.READY, self._found.FRESH):
                 break
             settle(self._watch, self._found, found, noticed, self.rows, self._rules, inputs)
-        if moved == _NOTHING and self._tables is not None:
+        if moved == _NOTHING and self._drawn is not None:
             return []
         self._refuse_while_capturing("an address or the set of gradients has changed")
-        if moved == _GRADIENTS and self._tables is not None:
+        if moved == _GRADIENTS and self._drawn is not None:
             addresses = torch.empty(len(self._active), dtype=torch.int64, device="cpu")
             self._watch.gradients(addresses.data_ptr())
-            self._tables.move_gradients(addresses, self._send)
+            self._drawn = self._drawn._replace(gradients=addresses)
             self._watch.was_drawn()
             return []
-        self._tables = None
+        self._drawn = None
         self._active = self._watch.active()
         if found == self._found.FRESH:
             return list(noticed)
         if self._active:
-            self._make_tables(inputs)
+            self._draw(inputs)
             self._watch.was_drawn()
         return []
 
@@ -92,7 +92,8 @@ class WatchedPart(Part):
     def _hold(self, inputs: Inputs) -> None:
         """Nothing: the compiled plan holds it."""
 
-    def _bump(self) -> None:
+    def bump(self) -> None:
+        """Let autograd know what was written, and note that it was stepped."""
         self._watch.stepped()
 
 

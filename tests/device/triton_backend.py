@@ -19,6 +19,7 @@ from pyupdate import backends
 from pyupdate.backends import triton as product
 from pyupdate.backends import triton_watch
 from pyupdate.options import LastUpdate
+from pyupdate.pytorch.joining import Joining
 from pyupdate.pytorch.request import Request, Scaling
 from pyupdate.pytorch.rows import AVERAGE, GroupRule, Inputs, Row
 
@@ -45,31 +46,38 @@ class _Saying(product.Part):
     """The product's part, which says what it reaches."""
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
-        self._say(inputs)
+        _say([(self, inputs)])
         return super().step(inputs, request, scaling)
 
     def reduce(self, inputs: Inputs, request: Request) -> tuple[bool, dict[int, float]]:
-        self._say(inputs)
+        _say([(self, inputs)])
         return super().reduce(inputs, request)
 
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
-        self._say(inputs)
+        _say([(self, inputs)])
         super().apply(inputs, request, multiplier)
 
-    def _say(self, inputs: Inputs) -> None:
-        def reach() -> Iterator[tuple[torch.Tensor, bool]]:
-            yield self._counters, True
-            for row in self.rows:
+    @staticmethod
+    def step_together(joinings: Sequence[Joining]) -> list[LastUpdate] | None:
+        _say([(joining.part, joining.inputs) for joining in joinings])
+        return product.Part.step_together(joinings)
+
+
+def _say(parts: Sequence[tuple[product.Part, Inputs]]) -> None:
+    def reach() -> Iterator[tuple[torch.Tensor, bool]]:
+        for part, inputs in parts:
+            yield part._counters, True
+            for row in part.rows:
                 if row.param.grad is None:
                     continue
                 yield row.param, True
                 yield row.param.grad, False
                 inner = inputs.state.get(row.param) or {}
-                for key in (*self._rules[row.group].keys, AVERAGE):
+                for key in (*part._rules[row.group].keys, AVERAGE):
                     if key in inner:
                         yield inner[key], True
 
-        _machine[-1].memory = reach
+    _machine[-1].memory = reach
 
 
 class _Part(_Saying):

@@ -52,11 +52,12 @@ MOVED = {
     "amdgcn": re.compile(r"\bds_(write|store)_"),
 }
 TYPES = {
-    **dict.fromkeys(("rows", "work", "chunk_of", "first_chunks", "class_table"), "*i64"),
+    **dict.fromkeys(("rows", "work", "chunk_of", "row_of", "class_table"), "*i64"),
+    **dict.fromkeys(("first_chunks", "first_rows"), "*i64"),
     **dict.fromkeys(("scale", "found", "flags"), "*fp32"),
     **dict.fromkeys(("classes", "request", "result", "sums", "row_sums", "per_tensor"), "*fp64"),
     **dict.fromkeys(("ticket", "tickets"), "*i32"),
-    **dict.fromkeys(("total_chunks", "total_rows", "class_count"), "i32"),
+    **dict.fromkeys(("total_chunks", "total_rows", "member_count", "class_count"), "i32"),
     "numbers": "*fp64",
 }
 
@@ -143,6 +144,7 @@ def kernels(
                     clips=True,
                     is_by_chance=False,
                     averages=False,
+                    is_joint=False,
                 ),
             )
 
