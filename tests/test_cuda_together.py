@@ -24,6 +24,7 @@ from test_drain import (  # run on this back end, too
     test_each_with_its_own_scaler,  # noqa: F401
     test_every_optimizer_that_there_is,  # noqa: F401
     test_foreign_callables_are_called_in_their_place,  # noqa: F401
+    test_gradients_are_let_go,  # noqa: F401
     test_memory_that_two_models_share,  # noqa: F401
     test_models_that_share_an_optimizer_or_a_parameter,  # noqa: F401
     test_options_that_are_stepped_alone,  # noqa: F401

@@ -6,7 +6,9 @@ The truth is the same models, drained one by one.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -180,6 +182,16 @@ def test_gradients_stay_where_autograd_put_them(backend):
         for (param, grad), old in zip(stepped, before, strict=True):
             assert_same_bits(grad, old, "gradient")  # read in place, not written
             assert param.grad is None
+
+
+def test_gradients_are_let_go(backend):
+    models = settled(3)
+    deferred = pending(models)
+    grads = [weakref.ref(param.grad) for model in models for param in model.parameters()]
+    assert all(grad() is not None for grad in grads)
+    drain(deferred)
+    gc.collect()
+    assert [grad() for grad in grads] == [None] * len(grads)
 
 
 # ----- what cannot go together --------------------------------------------------------------------
