@@ -147,7 +147,7 @@ check-device: $(installed)
 	else echo "check-device: SKIPPED nvcc -ptx: no $(NVCC) on PATH"; fi
 	@if $(bin)/python -c 'import triton' 2>/dev/null || $(pip) install -q '$(TRITON)'; \
 	then set -ex; $(bin)/python tests/device/triton_compile.py; \
-	  $(bin)/python -m pytest -m 'not slow' tests/test_triton.py tests/test_triton_rows.py tests/test_machine_code.py $(PYTEST); \
+	  $(bin)/python -m pytest -m 'not slow' tests/test_triton.py tests/test_triton_rows.py tests/test_triton_drain.py tests/test_machine_code.py $(PYTEST); \
 	else echo "check-device: SKIPPED the Triton kernels: triton is not installed, and pip could not install $(TRITON)"; fi
 
 # On the day that there is a GPU, with a Python that has torch, numpy, pybind11 and pytest: PYTHON=... chooses it. One JSON

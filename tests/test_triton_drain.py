@@ -120,9 +120,8 @@ def several() -> list[nn.Module]:
         (50, torch.float32, lambda p: optim.AdamW(p, lr=0.1, max_norm=0.5)),
         (16_390, torch.float32, lambda p: optim.AdamW(p, lr=0.2, betas=(0.8, 0.9), max_norm=3.0)),
         (70, torch.float32, lambda p: optim.AdamW([{"params": p[:1]}, {"params": p[1:], "lr": 1}])),
-        (40, torch.float32, lambda p: optim.LAMB(p, lr=0.1, weight_decay=0.1, max_norm=0.25)),
+        (40, torch.bfloat16, lambda p: optim.LAMB(p, lr=0.1, weight_decay=0.1, max_norm=0.25)),
         (60, torch.float32, lambda p: optim.AdamW(p, lr=0.1, max_norm=0.7, ema_decay=0.9)),
-        (90, torch.bfloat16, lambda p: optim.SGD(p, lr=0.01)),
         (80, torch.float32, lambda p: optim.AdamW(p, lr=0.1)),
     )
 
@@ -134,21 +133,21 @@ def test_the_bits_of_one_by_one(machine, regions):
             one_by_one(pending(each))
             one_by_one(pending(each[1:2]))  # it is ahead: its bias is corrected by less
     scales = [[GradScaler("cpu", init_scale=2.0**k) for k in (3, 5)] for _ in "ab"]
-    scalers = [[a, None, None, b, b, None, a] for a, b in scales]
+    scalers = [[a, None, None, b, b, a] for a, b in scales]
     for turn in range(3):
         # One is not finite, and skips; the squares of two others overflow, and they do not.
-        weights = [1e25, 1.0, 1.0, 1.0, math.inf, 1.0, 1e25] if turn == 1 else [1.0] * 7
+        weights = [1e25, 1.0, 1.0, 1.0, math.inf, 1e25] if turn == 1 else [1.0] * 6
         machine.launches.clear()
         step_both(ours, truths, turn, weights=weights, scalers=scalers)
-        # AdamW with and without averages, LAMB and SGD; LAMB has two stages.
-        assert launched(machine) == ["reduce_pass"] * 4 + ["apply_pass"] * 5
+        # AdamW with and without averages, and LAMB, which has two stages.
+        assert launched(machine) == ["reduce_pass"] * 3 + ["apply_pass"] * 4
         assert not any(FORBIDDEN.search(launch.text) for launch in machine.launches)
         for scaler in (*scales[0], *scales[1]):
             scaler.update()
         assert [s.state_dict() for s in scales[0]] == [s.state_dict() for s in scales[1]]
         skips = [pyupdate.last_update(model).skipped for model in ours]
-        assert skips == [turn == 1 and m == 4 for m in range(7)]
-    assert regions == [7, 7, 7]
+        assert skips == [turn == 1 and m == 4 for m in range(6)]
+    assert regions == [6, 6, 6]
     assert [scaler.get_scale() for scaler in scales[0]] == [2.0**3, 2.0**4]
 
 
