@@ -282,7 +282,11 @@ def test_a_state_dict_carries_the_position(backend):
     torchs_window(twin, other, range(K), None)
     close(resumed, twin)
     assert resumed.current_optimizer.state_dict()["param_groups"][0][POSITION] == 0
+    with pytest.raises(ValueError, match="to become 1 in an open window, when 1 of 3"):
+        pyupdate.accelerate(optimizer)
+    model.zero_grad()
     pyupdate.accelerate(optimizer)  # other options: no window any more
+    loss_of(model, 0).mean().backward()
     optimizer.zero_grad()
     assert all(param.grad is None for param in model.parameters())
 

@@ -82,3 +82,67 @@ def test_gradients_that_stay_while_a_state_is_loaded_keep_their_scale(by, backen
     optimizer.load_state_dict(saved)  # says 1; two are in .grad
     with pytest.raises(ValueError, match=r"changed from 64\.0 to 1024\.0 inside a window"):
         count_one(by, model, 2, scaler_of(2.0**10))
+
+
+# ----- what becomes of a window's gradients afterwards --------------------------------------------
+
+
+def one_number(**options: Any) -> tuple[nn.Module, Any]:
+    """A parameter of 1, stepped by its gradient's mean over three micro-batches."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = pyupdate.optim.SGD(model.parameters(), lr=1.0, accumulation_steps=K, **options)
+    model.current_optimizer = optimizer  # type: ignore[assignment]
+    return model, optimizer
+
+
+def add(model: Any, gradient: float) -> None:
+    (gradient * model.weight).sum().backward()
+    model.current_optimizer.step()
+    model.current_optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("by", ["the same", "another"])
+@pytest.mark.parametrize("how", ["gone", "replaced"])
+def test_gradients_that_are_lost_after_a_load_are_seen(how, by, backend):
+    model, optimizer = one_number()
+    add(model, 1.0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if by == "another":
+        gradient = model.weight.grad
+        model, optimizer = one_number()
+        model.weight.grad = gradient.clone()
+    optimizer.load_state_dict(saved)
+    model.weight.grad = None if how == "gone" else torch.ones(1, 1)
+    if how == "gone":
+        (3.0 * model.weight).sum().backward()
+    with pytest.raises(RuntimeError, match=r"1 of accumulation_steps=3 .* is another tensor"):
+        optimizer.step()
+    assert model.weight.item() == 1.0
+
+
+def test_other_options_leave_an_open_window_as_it_is(backend):
+    model, optimizer = one_number()
+    add(model, 1.0)
+    with pytest.raises(ValueError, match="to become 2 in an open window, when 1 of 3"):
+        pyupdate.accelerate(optimizer, accumulation_steps=2)
+    assert pyupdate.accelerate(optimizer, accumulation_steps=K, max_norm=1e9) is optimizer
+    add(model, 3.0)
+    assert model.weight.item() == 1.0
+    add(model, 3.0)
+    assert model.weight.item() == pytest.approx(1.0 - (1.0 + 3.0 + 3.0) / 3)
+
+
+def test_a_group_of_another_optimizer_has_no_count_of_its_own(backend):
+    model, optimizer = one_number()
+    add(model, 1.0)
+    param = nn.Parameter(torch.ones(1))
+    group = {**optimizer.param_groups[0], "params": [param]}
+    other = pyupdate.optim.SGD([group], lr=1.0, accumulation_steps=K)
+    weights = []
+    for _ in range(K):
+        param.sum().backward()
+        other.step()
+        other.zero_grad()
+        weights.append(param.item())
+    assert weights == [1.0, 1.0, 0.0]

@@ -22,6 +22,7 @@ from pyupdate import update_model
 RANKS = 2
 STEPS = 3
 SCALE = 2.0**10
+CLIP = 0.1
 
 
 def network() -> nn.Module:
@@ -43,7 +44,7 @@ def optimizer_of(params: Any, **options: Any) -> torch.optim.Optimizer:
     return pyupdate.optim.SGD(params, lr=0.1, momentum=0.9, **options)
 
 
-def truth(parts: int, *, mean: bool) -> list[float]:
+def truth(parts: int, *, mean: bool, max_norm: float | None = None) -> list[float]:
     """What every rank must come to: each step on the sum, or mean, of so many micro-batches."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -53,6 +54,8 @@ def truth(parts: int, *, mean: bool) -> list[float]:
             for rank in range(RANKS):
                 loss = loss_of(model, rank, step, part) / RANKS
                 (loss / parts if mean else loss).backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
     return weights(model)
 
@@ -147,12 +150,24 @@ def replicate(rank: int, way: str, view: bool) -> list[float]:
 
 def shard(kind: str) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import (
+        FullyShardedDataParallel,
+        MixedPrecision,
+        ShardingStrategy,
+        fully_shard,
+    )
 
     model = network()
     cpu = torch.device("cpu")
     if kind == "flat":
         return FullyShardedDataParallel(model, device_id=cpu)
+    if kind == "whole":
+        whole = ShardingStrategy.NO_SHARD
+        return FullyShardedDataParallel(model, device_id=cpu, sharding_strategy=whole)
+    if kind == "narrow in part":
+        precision = MixedPrecision(param_dtype=torch.float32)
+        model[2] = FullyShardedDataParallel(model[2], device_id=cpu, mixed_precision=precision)
+        return model
     if kind == "original":
         return FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True)
     if kind == "original in part":
@@ -168,7 +183,7 @@ def train_sharded(rank: int, kind: str, how: str) -> list[float] | str:
     """The weights, whole; or what is refused."""
     makes: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "plain": optimizer_of,
-        "clipped": lambda params: optimizer_of(params, max_norm=1.0),
+        "clipped": lambda params: optimizer_of(params, max_norm=CLIP),
         "judged": lambda params: optimizer_of(params, skip_nonfinite=True),
         "scaled": optimizer_of,
         "layer-wise": lambda params: pyupdate.optim.LAMB(params, lr=0.1),
@@ -186,13 +201,15 @@ def train_sharded(rank: int, kind: str, how: str) -> list[float] | str:
         return weights(model)
 
 
+STEPPED = [("flat", "plain"), ("whole", "plain"), ("whole", "clipped")]
 REPLICATED = [(way, view) for way in WAYS for view in (False, True)]
 REFUSED = {
     ("original", "plain"): r"'net' are sharded by .*use_orig_params=True",
     ("original in part", "plain"): r"module '2' of 'net' are sharded by .*use_orig_params",
     ("two", "plain"): "the parameters of 'net' are sharded by fully_shard",
     ("two in part", "plain"): "module '2' of 'net' are sharded by fully_shard",
-    ("flat", "clipped"): r"is a shard of .* max_norm=1.0 needs all gradients",
+    ("narrow in part", "plain"): r"module '2' of 'net' are sharded by .*param_dtype=torch.float32",
+    ("flat", "clipped"): r"is a shard of .* max_norm=0.1 needs all gradients",
     ("flat", "judged"): r"is a shard of .* skip_nonfinite=True needs all gradients",
     ("flat", "scaled"): r"is a shard of .* a scaler that does not ask the other ranks",
     ("flat", "layer-wise"): "is a shard of .* lamb takes norms of whole parameters",
@@ -202,7 +219,7 @@ REFUSED = {
 
 def on_rank(rank: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {key: replicate(rank, *key) for key in REPLICATED}
-    return found | {key: train_sharded(rank, *key) for key in [*REFUSED, ("flat", "plain")]}
+    return found | {key: train_sharded(rank, *key) for key in [*REFUSED, *STEPPED]}
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +239,11 @@ def test_gradients_that_were_there_are_reduced_too(key: tuple[str, bool], ranks:
 
 
 @distributed
-def test_flat_parameters_are_stepped_in_shards(ranks: dict[int, Any]):
-    expected = truth(1, mean=False)
+@pytest.mark.parametrize("key", STEPPED, ids=str)
+def test_flat_parameters_are_stepped(key: tuple[str, str], ranks: dict[int, Any]):
+    expected = truth(1, mean=False, max_norm=CLIP if key[1] == "clipped" else None)
     for rank in range(RANKS):
-        assert ranks[rank]["flat", "plain"] == pytest.approx(expected, rel=1e-11, abs=1e-13)
+        assert ranks[rank][key] == pytest.approx(expected, rel=1e-11, abs=1e-13)
 
 
 @distributed

@@ -56,6 +56,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
             message = f"cannot accelerate {found}{why}; accepted are {names} as torch made them"
             raise TypeError(message)
     engine.check_options(type(optimizer), checked)
+    accumulation.check_new_length(optimizer, checked.accumulation_steps)
     with one_thread_in_forked_child():
         wide = state.converted(optimizer, checked.state_dtype)
     if not isinstance(optimizer, Planned):
@@ -66,9 +67,8 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
     for inner, key, value in wide:
         inner[key] = value
     optimizer.__dict__["pyupdate_options"] = checked
-    for group in optimizer.param_groups:
-        group.pop(accumulation.POSITION, None)  # of a window that was open under other options
     accumulation.keep_counts(optimizer)
+    accumulation.close_without_gradients(optimizer)
     engine.engine_of(optimizer).plans.clear()
     return optimizer
 

@@ -201,6 +201,7 @@ class Planned(Optimizer):
         """
         accumulation.check_new_group(self)
         super().add_param_group(param_group)
+        self.param_groups[-1].pop(accumulation.POSITION, None)  # a dict of another optimizer's
         accumulation.keep_counts(self)
 
     def _check_differentiable(self) -> None:

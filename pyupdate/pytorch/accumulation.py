@@ -242,7 +242,11 @@ def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -
             group[POSITION] = position
             goes_on = goes_on or position > 0
     keep_counts(optimizer)
-    engine.counted = {}
+    engine.counted = {
+        id(group): Counted(Gradients(group), None)
+        for group in optimizer.param_groups
+        if group.get(POSITION, 0)
+    }
     if not goes_on:  # the scale was that of other gradients
         engine.window_scale = ...
 
@@ -264,23 +268,49 @@ def close_without_gradients(optimizer: Any) -> None:
             group[POSITION] = 0
 
 
+def check_new_length(optimizer: Any, length: int) -> None:
+    """Refuse another ``accumulation_steps`` for the micro-batches of an open window.
+
+    Raises:
+        ValueError: a window is open.
+    """
+    before = step.options_of(optimizer).accumulation_steps
+    count = _count_of_open(optimizer)
+    if count and length != before:
+        message = (
+            f"accumulation_steps was to become {length} in an open window, when {count} of "
+            f"{before} micro-batches were counted: their gradients would be divided by another "
+            "number. Change it between windows, or drop this one's gradients first with "
+            "model.zero_grad()"
+        )
+        raise ValueError(message)
+
+
+def _count_of_open(optimizer: Any) -> int:
+    """How many micro-batches were counted that are still in some gradients."""
+    for group in optimizer.param_groups:
+        count: int = group.get(POSITION, 0)
+        if count and any(param.grad is not None for param in group["params"]):
+            return count
+    return 0
+
+
 def check_new_group(optimizer: Any) -> None:
     """Refuse a group that would join an open window with fewer micro-batches than it has.
 
     Raises:
         ValueError: a window is open.
     """
-    for group in optimizer.param_groups:
-        count = group.get(POSITION, 0)
-        if count and any(param.grad is not None for param in group["params"]):
-            length = step.options_of(optimizer).accumulation_steps
-            message = (
-                f"a parameter group was added in an open window, when {count} of "
-                f"accumulation_steps={length} micro-batches were counted: its gradients would be "
-                "divided by micro-batches that they do not hold. Add it between windows, or drop "
-                "this one's gradients first with model.zero_grad()"
-            )
-            raise ValueError(message)
+    count = _count_of_open(optimizer)
+    if count:
+        length = step.options_of(optimizer).accumulation_steps
+        message = (
+            f"a parameter group was added in an open window, when {count} of "
+            f"accumulation_steps={length} micro-batches were counted: its gradients would be "
+            "divided by micro-batches that they do not hold. Add it between windows, or drop "
+            "this one's gradients first with model.zero_grad()"
+        )
+        raise ValueError(message)
 
 
 def is_to_make_state(optimizer: Any, window: Window) -> bool:

@@ -2,8 +2,9 @@
 """Models that ``torch.distributed.fsdp`` has sharded: what of them cannot be updated.
 
 ``fully_shard`` gives autograd other parameters than the model's optimizer holds, and so does
-``FullyShardedDataParallel(use_orig_params=True)``, whose parameters are views: gradients taken for
-the model's parameters alone do not reach them. With ``use_orig_params=False`` they do. There a step
+``FullyShardedDataParallel`` with ``use_orig_params=True``, whose parameters are views, or with
+``MixedPrecision(param_dtype=...)``: gradients taken for the model's parameters alone do not reach
+them. Flat parameters in their own dtype they do. There a step
 sees one rank's shards, so what takes all gradients or whole tensors into account is refused, for
 ranks would come to different answers.
 """
@@ -11,6 +12,7 @@ ranks would come to different answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ _FSDP2 = "FSDPModule"
 _FSDP1 = "FullyShardedDataParallel"
 _MARK = "_fsdp_flattened"
 """Torch's own mark of a parameter that is, or is in, a flat shard (torch 2.10 to 2.13)."""
+
+_WHOLE_SIZE = "_unpadded_unsharded_size"
+"""Of a flat parameter, where it says its size over all ranks."""
 
 _WHOLE = ("max_norm", "skip_nonfinite")
 """The options that look at all gradients; error_if_nonfinite asks for a max_norm too."""
@@ -49,6 +54,9 @@ def check_model(name: str, model: nn.Module) -> None:
         elif _FSDP1 in kinds and getattr(module, "_use_orig_params", False):
             how = f"{_FSDP1}(use_orig_params=True)"
             mend = f"{_FSDP1}(use_orig_params=False), "
+        elif _FSDP1 in kinds and _computes_in_another_dtype(module):
+            how = f"{_FSDP1} with MixedPrecision(param_dtype={module.mixed_precision.param_dtype})"
+            mend = "MixedPrecision without param_dtype and torch.autocast, "
         else:
             continue
         where = f"module '{qualified}' of '{name}'" if qualified else f"'{name}'"
@@ -58,6 +66,12 @@ def check_model(name: str, model: nn.Module) -> None:
             "loss.backward() and an optimizer of torch's"
         )
         raise ValueError(message)
+
+
+def _computes_in_another_dtype(module: Any) -> bool:
+    """Whether FSDP gives autograd the flat parameter in another dtype, to which it is another."""
+    wanted = getattr(getattr(module, "mixed_precision", None), "param_dtype", None)
+    return wanted is not None and any(p.dtype is not wanted for p in module.parameters())
 
 
 def _has_sharded(model: nn.Module) -> bool:
@@ -90,8 +104,11 @@ def shard_among(rows: Sequence[Row], rules: Sequence[GroupRule]) -> str | None:
 
 
 def is_shard(param: torch.Tensor) -> bool:
-    """Whether a parameter is one rank's part of a flat one, or lies in it."""
-    return getattr(param, _MARK, False) is True
+    """Whether a parameter is one rank's part of a flat one, or lies in it.
+
+    With ``ShardingStrategy.NO_SHARD`` a flat one is all there, and its gradient that of all ranks.
+    """
+    return getattr(param, _MARK, False) is True and getattr(param, _WHOLE_SIZE, None) != param.shape
 
 
 def refuse_rule(name: str, rule: str) -> None:
