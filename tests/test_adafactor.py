@@ -651,3 +651,17 @@ def test_update_model_steps_a_stock_one_unasked(backend):
         for key, value in truth.state[other].items():
             assert_same_bits(optimizer.state[param][key], value, key)
     assert isinstance(pyupdate.accelerate(optimizer), Adafactor)
+
+
+@pytest.mark.parametrize("signs", ["--+-", "++--"])
+def test_lazily_negated_gradients_count_as_their_values(signs, backend):
+    values = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.complex64)
+    found = []
+    for make in (Adafactor, torch.optim.Adafactor):
+        param = nn.Parameter(torch.ones(4, 6))
+        optimizer = make([param], lr=0.1)
+        for sign in signs:
+            param.grad = values.conj().imag if sign == "-" else values.imag
+            optimizer.step()
+        found.append(param.detach())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)

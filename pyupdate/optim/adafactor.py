@@ -25,7 +25,7 @@ from ..options import LastUpdate
 from ..pytorch import checks, sharded
 from ..pytorch import state as states
 from ..pytorch import step as engine
-from ..pytorch.rows import NO_NUMBER, Group, Row, has_state, number_of, require
+from ..pytorch.rows import NO_NUMBER, Group, Row, has_state, mend_gradient, number_of, require
 from . import adafactor_packs, adafactor_passes, adafactor_stacks
 from .adafactor_packs import Pack
 from .adafactor_passes import Numbers
@@ -173,6 +173,7 @@ def _check_anew(optimizer: Any, rows: Sequence[Row]) -> None:
         shapes = _state_shapes(row.param)
         if row.param.grad is None:
             continue
+        mend_gradient(row)
         checks.check_gradient(row.param, row.param.grad, row.name)
         if sharded.is_shard(row.param):
             sharded.refuse_rule(row.name, "Adafactor")

@@ -333,18 +333,11 @@ def check_row(row: Row, rule: GroupRule, inputs: Inputs) -> None:
 def mend_row(row: Row, rule: GroupRule, inputs: Inputs) -> bool:
     """Put into plain memory what only looks unusual; whether anything changed.
 
-    A lazily negated or lazily zero gradient becomes its values, a step count that is a Python
-    number (old checkpoints) becomes torch's tensor, and a scalar that torch's ``load_state_dict``
-    has cast to a half parameter's type becomes wide again. No value changes.
+    Beside the gradient: a step count that is a Python number (old checkpoints) becomes torch's
+    tensor, and a scalar that torch's ``load_state_dict`` has cast to a half parameter's type
+    becomes wide again. No value changes.
     """
-    mended = False
-    grad = row.param.grad
-    if grad is not None and grad.layout is torch.strided and grad.is_neg():
-        row.param.grad = grad.resolve_neg()
-        mended = True
-    elif grad is not None and grad.layout is torch.strided and grad._is_zerotensor():
-        row.param.grad = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
-        mended = True
+    mended = mend_gradient(row)
     inner = entry_of(row, inputs)
     if inner and isinstance(inner.get("step"), int | float):
         dtype = states.scalar_type()
@@ -357,6 +350,20 @@ def mend_row(row: Row, rule: GroupRule, inputs: Inputs) -> bool:
             inner[key] = value.float()
             mended = True
     return mended
+
+
+def mend_gradient(row: Row) -> bool:
+    """Make its values of a lazily negated or lazily zero gradient; whether it was one."""
+    grad = row.param.grad
+    if grad is None or grad.layout is not torch.strided:
+        return False
+    if grad.is_neg():
+        row.param.grad = grad.resolve_neg()
+    elif grad._is_zerotensor():
+        row.param.grad = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
+    else:
+        return False
+    return True
 
 
 def check_all_memory(rows: Sequence[Row], rules: Sequence[GroupRule], inputs: Inputs) -> None:
