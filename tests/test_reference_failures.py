@@ -157,7 +157,7 @@ class _Interrupted:
     That is where Python looks for one. `reached` says whether there were so many.
     """
 
-    WHERE = (reference.Part.apply.__wrapped__.__code__, reference.Part._write.__code__)
+    WHERE = (reference.Part.apply.__code__, reference.Part._write.__code__)
 
     def __init__(self, end):
         self.left, self.reached = end, False
