@@ -108,6 +108,7 @@ def test_a_missing_barrier_is_seen_by_thread_sanitizer(tmp_path):
     assert "data race" in said
 
 
+@pytest.mark.slow  # a build under ThreadSanitizer each: some 30 s on two busy cores
 def test_a_missing_fence_before_the_ticket_is_seen_by_thread_sanitizer(tmp_path):
     old = "__threadfence();\n    before = atomicAdd"
     code, said = outcome(
@@ -121,6 +122,7 @@ BEFORE = ("__threadfence();\n    last = atomicAdd", "last = atomicAdd")
 BEHIND = ("== gridDim.x;\n    __threadfence();", "== gridDim.x;")
 
 
+@pytest.mark.slow  # a build under ThreadSanitizer each: some 30 s on two busy cores
 @pytest.mark.parametrize(("old", "new"), [BEFORE, BEHIND], ids=["before", "behind"])
 def test_a_missing_fence_at_the_last_blocks_ticket_is_seen_by_thread_sanitizer(tmp_path, old, new):
     program = build(tmp_path, THREAD, file="reduce.cu", old=old, new=new)
@@ -131,6 +133,7 @@ def test_a_missing_fence_at_the_last_blocks_ticket_is_seen_by_thread_sanitizer(t
         assert "data race" in said
 
 
+@pytest.mark.slow  # a build under ThreadSanitizer each: some 30 s on two busy cores
 def test_a_missing_barrier_before_the_last_blocks_ticket_is_seen_by_thread_sanitizer(tmp_path):
     old = "reduce_items(work, tree);\n  __syncthreads();"
     new = "reduce_items(work, tree);"
