@@ -147,6 +147,29 @@ def test_hooks_of_ones_own_stay_through_a_swap_and_an_update_in_backward(backend
     assert len(called) == 3
 
 
+def test_gradients_are_added_beside_a_hook_that_went_through_a_swap(backend):
+    """A hook has what was in `.grad` stay there, and hooks tell then what the loss reached."""
+    model = built()
+    weight: Any = next(model.parameters())
+    called: list[Any] = []
+    handle = weight.register_post_accumulate_grad_hook(called.append)
+    swap(model)
+    with torch.no_grad():
+        for param, twin in zip(model.parameters(), model.twin[0].parameters(), strict=True):
+            twin.copy_(param)
+    loss_of(model, 0).mean().backward()
+    called.clear()
+    pyupdate.update_model(model, loss_of(model, 1))
+    handle.remove()
+    assert called == [weight]
+    model.other.zero_grad()
+    for seed in range(2):
+        loss_of(model.twin[0], seed).mean().backward()
+    model.other.step()
+    for param, expected in zip(model.parameters(), model.twin[0].parameters(), strict=True):
+        torch.testing.assert_close(param, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_a_window_keeps_no_parameter_of_a_removed_group(backend):
     params = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
     groups = [{"params": params[:1]}, {"params": params[1:]}]

@@ -9,10 +9,10 @@ Where something reads `.grad` during the backward pass, as the reduction over pr
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +86,15 @@ class Aside:
     in_place: bool = False
 
 
+@torch.no_grad()
 def prepare(params: Sequence[Tensor]) -> Aside:
-    """`set_aside`, or, where that would be noticed during the backward pass, `keep`."""
-    if any(param.grad is not None for param in params) and _is_read_in_backward(params):
-        return keep(params)
-    return set_aside(params)
+    """`set_aside`; where that would be noticed, copy what `.grad` holds and leave it there."""
+    grads = [param.grad for param in params]
+    if _all_none(grads) or not _is_read_in_backward(params):
+        return _hidden(params, grads)
+    # Nobody can write to a tensor of inference mode, not even put_back().
+    values = [g if g is None or g.is_inference() else g.clone() for g in grads]
+    return Aside(grads, values, in_place=True)
 
 
 def _is_read_in_backward(params: Sequence[Tensor]) -> bool:
@@ -102,22 +106,16 @@ def _is_read_in_backward(params: Sequence[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def keep(params: Sequence[Tensor]) -> Aside:
-    """Copy what every `.grad` holds, for `put_back`, and leave it where it is."""
-    grads = [param.grad for param in params]
-    # Nobody can write to a tensor of inference mode, not even put_back().
-    values = [g if g is None or g.is_inference() else g.clone() for g in grads]
-    return Aside(grads, values, in_place=True)
-
-
-@torch.no_grad()
 def set_aside(params: Sequence[Tensor]) -> Aside:
-    """Take every `.grad` away, for `put_back` and `add`.
+    """Take every `.grad` away, for `put_back` and `add_to`.
 
     Views of a buffer are copied, which the backward pass may fill anew: tried on torch 2.13,
     ``DistributedDataParallel(gradient_as_bucket_view=True)`` does.
     """
-    grads = [param.grad for param in params]
+    return _hidden(params, [param.grad for param in params])
+
+
+def _hidden(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Aside:
     if _all_none(grads):
         return Aside(grads, grads)
     drop(params)
@@ -221,8 +219,10 @@ def add_to(
     Raises:
         As `backward`.
     """
-    if aside.in_place:
-        return _backward_in_place(name, loss, params, scaler, retain_graph)
+    if aside.in_place:  # autograd adds
+        with _reached(params) as reached:
+            backward(name, loss, params, scaler, retain_graph)
+        return [index for index, param in enumerate(params) if id(param) not in reached]
     backward(name, loss, params, scaler, retain_graph)
     unreached = [index for index, param in enumerate(params) if param.grad is None]
     if not _all_none(aside.values):
@@ -231,33 +231,32 @@ def add_to(
     return unreached
 
 
-def _backward_in_place(
-    name: str,
-    loss: Tensor,
-    params: Sequence[Tensor],
-    scaler: torch.amp.GradScaler | None,
-    retain_graph: bool,
-) -> list[int]:
-    """`backward`, by which autograd adds to what is in `.grad`; returns what was not reached.
+@contextmanager
+def _reached(params: Sequence[Tensor]) -> Iterator[set[int]]:
+    """The ids of the parameters whose gradients are accumulated inside.
 
     Hooks tell that, for the version of a view in a bucket is that of all the bucket's views.
     """
     reached: set[int] = set()
+    with on_gradients(params, lambda param: reached.add(id(param))):
+        yield reached
+
+
+@contextmanager
+def on_gradients(params: Sequence[Tensor], hook: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, a hook is called with each parameter when autograd has accumulated its gradient."""
     handles = []
     try:
         for param in params:
             hooked: Any = param  # torch's method has no types
-            note = functools.partial(_note, reached)
-            handles.append(hooked.register_post_accumulate_grad_hook(note))
-        backward(name, loss, params, scaler, retain_graph)
+            hooks = hooked._post_accumulate_grad_hooks
+            if hooks is not None:  # torch.utils.swap_tensors has left them with other values
+                hooked._post_accumulate_grad_hooks = hooks
+            handles.append(hooked.register_post_accumulate_grad_hook(hook))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return [index for index, param in enumerate(params) if id(param) not in reached]
-
-
-def _note(reached: set[int], param: Tensor) -> None:
-    reached.add(id(param))
 
 
 def check_reached(name: str, count: int) -> None:

@@ -243,20 +243,10 @@ class _Running:
         """Differentiate; `piece` steps the parameters that it is given."""
         self._piece = piece
         self._layout.close()
-        handles = []
-        try:
-            for param in self._params:
-                hooked: Any = param  # torch's method has no types
-                hooks = hooked._post_accumulate_grad_hooks
-                if hooks is not None:  # torch.utils.swap_tensors has left them with other values
-                    hooked._post_accumulate_grad_hooks = hooks
-                handles.append(hooked.register_post_accumulate_grad_hook(self._on_gradient))
+        with gradients.on_gradients(self._params, self._on_gradient):
             gradients.backward(
                 self._name, loss, self._params, None, retain_graph=False, changed=_CHANGED
             )
-        finally:
-            for handle in handles:
-                handle.remove()
         gradients.check_reached(self._name, len(self._arrived))
         unreached = [i for i, p in enumerate(self._params) if id(p) not in self._arrived]
         if unreached:

@@ -4,9 +4,8 @@
 ``fully_shard`` gives autograd other parameters than the model's optimizer holds, and so does
 ``FullyShardedDataParallel`` with ``use_orig_params=True``, whose parameters are views, or with
 ``MixedPrecision(param_dtype=...)``: gradients taken for the model's parameters alone do not reach
-them. Flat parameters in their own dtype they do. There a step
-sees one rank's shards, so what takes all gradients or whole tensors into account is refused, for
-ranks would come to different answers.
+them. Flat parameters in their own dtype they do. There a step sees one rank's shards, so what takes
+all gradients or whole tensors into account is refused: ranks would come to different answers.
 """
 
 from __future__ import annotations
