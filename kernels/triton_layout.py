@@ -38,7 +38,6 @@ REQUEST = tl.constexpr(9)
 NO_NORM = tl.constexpr(0)
 TWO_NORM = tl.constexpr(1)
 INF_NORM = tl.constexpr(2)
-RESULT = tl.constexpr(3)
 
 # What a step finds, in fp64, for each member.
 MULTIPLIER = tl.constexpr(0)
