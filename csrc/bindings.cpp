@@ -14,6 +14,7 @@
 #include "cpu/stream.h"
 #include "plan_object.h"
 #include "watch.h"
+#include "xla.h"
 
 #ifndef PYUPDATE_MODULE_NAME
 #define PYUPDATE_MODULE_NAME _C
@@ -266,6 +267,11 @@ void apply(Plan& plan, const py::list& groups, const py::dict& state, const Numb
   run(plan, request);
 }
 
+// Why XLA cannot call the passes; empty once it can.
+std::string register_with_xla(uintptr_t api, const std::string& prefix) {
+  return xla::register_handlers(api, prefix, &passes);
+}
+
 std::vector<std::string> names_of_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < builds().count; ++i) names.emplace_back(builds().passes[i]->isa);
@@ -363,6 +369,7 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("read", py::overload_cast<>(&ahead::Reader::read, py::const_));
 
   m.def("step_together", &step_together, py::arg("steps"), py::arg("threads"));
+  m.def("register_with_xla", &register_with_xla, py::arg("api"), py::arg("prefix"));
   m.def("isa", [] { return std::string(passes().isa); });
   m.def("isas", &names_of_isas);
   m.def("use_isa", &use_isa, py::arg("name"));

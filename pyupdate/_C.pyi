@@ -142,6 +142,12 @@ def step_together(
     Empty, and nothing done, where one of them is not plainly right or they share memory.
     """
 
+def register_with_xla(api: int, prefix: str) -> str:
+    """Let XLA on a CPU call the passes as ``<prefix>_measure`` and ``<prefix>_step``.
+
+    `api` is the address that XLA's ``GetXlaFfiApi`` returns. Returns why XLA cannot, or nothing.
+    """
+
 def isa() -> str:
     """The instruction set in force."""
 

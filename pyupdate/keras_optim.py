@@ -74,7 +74,8 @@ class RuleOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         return float(self.numbers[initial] if isinstance(initial, str) else initial)
 
     def _constant(self, value: float) -> Any:
-        return keras.initializers.Constant(value)
+        # Keras's own Constant is rounded to float32 on its way to float64.
+        return lambda shape, dtype: tf.fill(shape, tf.cast(tf.constant(value, tf.float64), dtype))
 
     # ----- a step ---------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ class RuleOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         rule = self.rule
         # with gradient_accumulation_steps it is a quotient of Keras's, no variable
         step = tf.cast(tf.convert_to_tensor(self.iterations), tf.float64) + 1.0
-        numbers = [self._now(name) for name in rule.numbers]
+        numbers = self.rule_numbers()
         kept = [tf.cast(self._scalars[name][0].value, tf.float64) for name in rule.counted]
         made = bind(rule.prepare.text, "tensorflow float64")(step, *numbers, *kept)
         named = named_results(rule.prepare, made)
@@ -103,6 +104,10 @@ class RuleOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc]
             {name: named[name] for name in rule.hypers},
             {name: named[name] for name in rule.counted},
         )
+
+    def rule_numbers(self) -> list[Any]:
+        """The rule's numbers as they are now, in its order, as float64 tensors."""
+        return [self._now(name) for name in self.rule.numbers]
 
     def _now(self, name: str) -> Any:
         """A number in fp64. Keras keeps the learning rate in float32: ours, while it is that."""

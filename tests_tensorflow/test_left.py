@@ -83,6 +83,7 @@ def test_what_no_micro_batch_reaches_is_not_stepped(way: str, clips: bool) -> No
 
 @pytest.mark.parametrize("way", ["eager", "function"])
 def test_by_fused_kernels(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYUPDATE_BACKEND", "reference")
     monkeypatch.setattr(native, "MANY", 2)
     model = pyupdate.build(
         Known([[1.0], [-2.0]]), keras.optimizers.Adam(RATE, *BETAS), accumulation_steps=2

@@ -20,6 +20,13 @@ import pyupdate
 from pyupdate.tensorflow import native
 from pyupdate.tensorflow.update import path_of
 
+
+@pytest.fixture(autouse=True)
+def without_the_compiled_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would step most of what is stepped here."""
+    monkeypatch.setenv("PYUPDATE_BACKEND", "reference")
+
+
 KERNELS = "TensorFlow's fused kernels"
 LARGE = [2 * native.LARGE - 3, 3]  # as large on average as is asked for
 Adam = keras.optimizers.Adam

@@ -22,6 +22,13 @@ import pyupdate.keras_optim
 from pyupdate.tensorflow import order
 from pyupdate.tensorflow import update as keras_update
 
+
+@pytest.fixture(autouse=True)
+def without_the_compiled_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would step most of what is stepped here."""
+    monkeypatch.setenv("PYUPDATE_BACKEND", "reference")
+
+
 SHAPES = [(3, 5), (7,), (), (2, 2), (9,), (4,)]
 KINDS: dict[str, Callable[[], Any]] = {
     "adam": lambda: keras.optimizers.Adam(0.01, global_clipnorm=1.0),

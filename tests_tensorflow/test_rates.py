@@ -89,6 +89,7 @@ def test_a_function_of_float64() -> None:
 
 
 def test_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYUPDATE_BACKEND", "reference")
     monkeypatch.setattr(native, "MANY", 1)
     rate = Asked(float)
     model = pyupdate.build(Known([[1.0, -2.0]]), keras.optimizers.Adam(rate, 0.875, 0.9375))

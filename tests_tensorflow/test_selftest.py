@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("tensorflow", reason="tensorflow is not installed: pyupdate[tensorflow]")
 
 from pyupdate.kernels.rules import RULES
-from pyupdate.tensorflow import measure, selftest
+from pyupdate.tensorflow import measure, passes, selftest
 
 
 def test_every_rule_that_is_tried_is_right() -> None:
@@ -25,9 +25,11 @@ def test_every_rule_that_is_tried_is_right() -> None:
         check=True,
     )
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["rule"] for row in results] == list(selftest.TRIED)
+    compiled = [] if passes.why_not() else [n for n in selftest.TRIED if not RULES[n].scalars]
+    assert [row["rule"] for row in results] == [*selftest.TRIED, *compiled]
     assert set(selftest.TRIED) <= set(RULES)
     assert all(row["passed"] and 0 < row["worst"] <= 1 for row in results)
+    assert [row["bits"] for row in results] == [None] * len(selftest.TRIED) + [True] * len(compiled)
 
 
 def test_it_fails_where_the_clip_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +40,15 @@ def test_it_fails_where_the_clip_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(measure, "multiplied", unclipped)
     result = selftest.tried("sgd_momentum")
+    assert result.passed is False
+    assert result.worst > 1.0
+
+
+@pytest.mark.skipif(bool(passes.why_not()), reason=passes.why_not())
+def test_it_fails_where_the_passes_take_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = passes._rule_numbers
+    monkeypatch.setattr(passes, "_rule_numbers", lambda *given: [2.0 * n for n in true(*given)])
+    result = selftest.tried("sgd_momentum", "keras, passes")
     assert result.passed is False
     assert result.worst > 1.0
 

@@ -3,8 +3,9 @@
 //
 // OpenMP by default: linked to libgomp.so.1 by its plain name, the module shares the pool of the
 // torch that was loaded before it, so two pools never fight for the cores. A forked child cannot
-// use that pool (GNU OpenMP hangs there), and ThreadSanitizer cannot see its barriers: there, and
-// where the compiler has no OpenMP, plain threads are made for each region (about 20 us each).
+// use that pool (GNU OpenMP hangs there), and ThreadSanitizer cannot see its barriers: there, where
+// the caller wants it so, and where the compiler has no OpenMP, plain threads are made for each
+// region (about 20 us each).
 #pragma once
 #include <pthread.h>
 
@@ -71,9 +72,10 @@ class ContractMode {
   std::fenv_t before_;
 };
 
-// Runs body(team) on up to `size` threads, the caller being rank 0. `body` must not throw.
+// Runs body(team) on up to `size` threads, the caller being rank 0. `body` must not throw. `plain`:
+// never on OpenMP's.
 template <class Body>
-void parallel(int size, const Body& work) {
+void parallel(int size, const Body& work, [[maybe_unused]] bool plain = false) {
   const auto body = [&work](const Team& team) {
     const ContractMode mode;
     work(team);
@@ -83,7 +85,7 @@ void parallel(int size, const Body& work) {
     return;
   }
 #ifdef _OPENMP
-  if (!in_forked_child()) {
+  if (!plain && !in_forked_child()) {
 #pragma omp parallel num_threads(size)
     body(Team{omp_get_thread_num(), omp_get_num_threads(), nullptr});
     return;

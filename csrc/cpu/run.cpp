@@ -70,19 +70,20 @@ class Region {
 
   void run() {
     if (tables_.rows.empty() && !reduce_) return;
-    parallel(threads_, [this](const Team& team) { work(team); });
+    parallel(threads_, [this](const Team& team) { work(team); }, request_.plain_threads);
   }
 
   const std::vector<double>& row_sums() const { return tables_.row_sums_; }
 
   // The reduce pass alone; leaves the rows' sums in row_sums().
   void reduce() {
-    parallel(threads_, [this](const Team& team) {
+    const auto work = [this](const Team& team) {
       Workspace workspace;
       set_shares(team);
       team.barrier();
       reduce_chunks(team, workspace);
-    });
+    };
+    parallel(threads_, work, request_.plain_threads);
     for (size_t r = 0; r < tables_.rows.size(); ++r) add_chunks(r, 0, 1, tree(request_));
     tables_.row_sums_.resize(tables_.rows.size());  // a rule of several sums had asked for more
     members_[0].outcome.nonfinite = nonfinite_[0];

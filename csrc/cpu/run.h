@@ -83,6 +83,7 @@ struct Request {
   bool stochastic = false;  // halves are rounded by chance, drawn with this seed
   int64_t seed = 0;
   int threads = 1;
+  bool plain_threads = false;  // made for this region: see parallel.h
   // Called by the calling thread once it is certain that something will be written, while the
   // others may already write.
   void (*before_writing)(void* context) = nullptr;

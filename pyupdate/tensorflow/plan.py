@@ -6,6 +6,9 @@
       the optimizer's step, unchanged   XLA                       `Plan._apply`
     the loss scale                      after the step
 
+On a CPU the optimizers that the compiled passes know are one compiled function, which calls them
+(passes.py): they take the decision as a number. What follows is about the others.
+
 Called eagerly on a CPU, these are functions of their own and the decision is Python's. Anywhere
 else they are one function and the decision a ``tf.cond``: whoever calls may be tracing, and a GPU
 should not be waited for. With 60 variables the ``tf.cond`` and a function in a function cost 1 ms.
@@ -24,7 +27,7 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import loss_scale, measure, native, optimizers, order, rates, told, xla
+from . import loss_scale, measure, native, optimizers, order, passes, rates, told, xla
 from .halves import Halves
 from .state import Kept
 
@@ -73,18 +76,23 @@ class Plan:
         self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
         self.accumulates = options.accumulation_steps > 1
         on_cpu = _on_cpu(variables)
-        self.in_parts = self.measures and not self.accumulates and on_cpu
         self._traced: dict[str, Traced] = {}
         self._said: list[str] = []
         self._inner_refused = ""
         self._untraced = False
         self.compiled = self._can_compile()
         self._native: native.Kernels | None = None
-        if not halves.pairs and options.ema_decay is None:
+        self._passes: passes.Passes | None = None
+        plain = not halves.pairs and options.ema_decay is None
+        if plain and on_cpu and self.compiled:
+            self._passes = passes.passes_of(optimizer, targets)
+        if plain and self._passes is None:
             multiplied = self.measures or scale is not None or options.clip_value is not None
             self._native = native.kernels_of(
                 optimizer, variables, multiplied=multiplied, on_cpu=on_cpu
             )
+        alone = self.measures and not self.accumulates
+        self.in_parts = alone and on_cpu and self._passes is None
 
     # ----- running --------------------------------------------------------------------------------
 
@@ -137,7 +145,8 @@ class Plan:
 
     def _whole_function(self, inputs: Sequence[Any]) -> Traced:
         if self.measures or self.accumulates or self.scale is not None:
-            return self._function("whole", self._step, inputs)
+            at_once = self._passes is not None and not self.accumulates
+            return self._function("whole", self._step, inputs, jit=at_once)
         return self._function("whole", self._only_apply, inputs, jit=True)  # one function, not two
 
     def _function(
@@ -190,6 +199,11 @@ class Plan:
     def _jits(self) -> bool:
         return self.compiled and self._native is None
 
+    @property
+    def _by_passes(self) -> bool:
+        """Whether what is traced now calls the compiled passes."""
+        return self._passes is not None and self.compiled and not tf.executing_eagerly()
+
     def _can_compile(self) -> bool:
         if any(variable.dtype == tf.string for variable in self.variables):
             self._say("a variable holds strings")
@@ -206,6 +220,8 @@ class Plan:
     @property
     def path(self) -> str:
         """What runs the step, in words."""
+        if self._passes is not None and self.compiled:
+            return passes.PATH
         if self._native is not None:
             return "TensorFlow's fused kernels"
         return f"TensorFlow without XLA: {self._said[-1]}" if self._said else "XLA"
@@ -297,6 +313,8 @@ class Plan:
         return self.state.latest()
 
     def _whole(self, grads: list[Any], unscale: Any, *, scaled: bool) -> tuple[Any, ...]:
+        if self._by_passes and not self.accumulates:
+            return self._at_once(grads, unscale)
         if not self.measures:
             multiplier = None if self.scale is None else unscale
             self._inner(grads, multiplier)
@@ -317,6 +335,24 @@ class Plan:
             skipped = tf.where(found.finite, 0.0, 1.0)
         return found.norm, skipped, measure.smallest(found.multiplier)
 
+    def _at_once(self, grads: list[Any], unscale: Any) -> tuple[Any, ...]:
+        """Everything in one compiled function: the passes skip by themselves."""
+        assert self._passes is not None  # `_by_passes`
+        if not self.measures:
+            self._apply(grads, None if self.scale is None else unscale)
+            return ()
+        norm, finite, each = self._passes.measure(grads, unscale)
+        kind = measure.precision([grad.dtype for grad in grads])
+        factor = measure.factor(norm, each, self.options, self.clips)
+        multiplier = tf.cast(tf.cast(unscale, norm.dtype) * factor, kind)
+        self._apply(grads, multiplier, tf.logical_not(finite) if self.checks else None)
+        skipped = tf.constant(0.0)
+        if self.checks:
+            if self.scale is not None:
+                self.scale.move(finite)
+            skipped = tf.where(finite, 0.0, 1.0)
+        return tf.cast(norm, kind), skipped, measure.smallest(multiplier)
+
     def _inner(self, grads: list[Any], multiplier: Any) -> None:
         arguments = [*grads] if multiplier is None else [*grads, multiplier]
 
@@ -336,10 +372,18 @@ class Plan:
         if self.scale is not None and self.scale.counts_skipped:
             self._alive().iterations.assign_add(1)
 
-    def _apply(self, grads: list[Any], multiplier: Any) -> None:
-        """The apply pass: everything that moves."""
+    def _apply(self, grads: list[Any], multiplier: Any, skip: Any = None) -> None:
+        """The apply pass: everything that moves; `skip` is for the compiled passes alone."""
         optimizer = self._alive()
         value = self.options.clip_value
+        if self._by_passes and self._passes is not None:
+            if self.missed:
+                back = self.state.put_back(optimizer, self.variables, self.targets, self.missed)
+            with rates.read(optimizer, self._rates):
+                self._passes.step(optimizer, grads, self.targets, multiplier, value, skip)
+            if self.missed:
+                back()
+            return
         if multiplier is not None or value is not None or self.halves.pairs:
             grads = measure.multiplied(grads, multiplier, value)
         self.halves.widen()

@@ -15,7 +15,7 @@ from pyupdate.names import check_deferred, name_of
 from pyupdate.options import LastUpdate, Options
 
 from ..remembered import Remembered
-from . import averages, gradients, halves, loss_scale, optimizers, rates, replicas, scopes
+from . import averages, gradients, halves, loss_scale, optimizers, passes, rates, replicas, scopes
 from .alone import without_strategy
 from .attributes import fingerprint
 from .plan import Plan
@@ -169,7 +169,7 @@ def apply(
         inner = said()
         grows = None if scaling is None else scaling.growth_steps
         # A plan holds the state: its number stays taken.
-        kept = (options, id(state), missed)
+        kept = (options, id(state), missed, passes.allowed())
         key = (*kept, tuple(map(id, variables)), kinds, scale is not None, inner, grows, *also)
         return _planned(optimizer, key, make)
 

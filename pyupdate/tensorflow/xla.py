@@ -19,6 +19,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from . import passes
+
 _PLAIN = """
     Abs AddN AddV2 AssignAddVariableOp AssignSubVariableOp AssignVariableOp Bitcast BitwiseOr Cast
     Ceil Const Cos
@@ -87,6 +89,8 @@ def _nodes(graph: Any) -> tuple[list[Any], list[dict[str, str]]]:
 def _is_plain(node: Any, beside: dict[str, str]) -> bool:
     if any(tf.string.as_datatype_enum in kinds for kinds in map(_dtypes, node.attr.values())):
         return False
+    if node.op == "XlaCallModule":  # what it calls of ours, XLA runs
+        return bool(node.attr["module"].s.startswith(passes.MARK))
     if (numbers := CONSTANT.get(node.op)) is not None:
         return all(beside.get(node.input[n].partition(":")[0]) == "Const" for n in numbers)
     return node.op in PLAIN
