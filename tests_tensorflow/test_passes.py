@@ -23,7 +23,7 @@ import pyupdate
 from pyupdate import keras_optim
 from pyupdate.kernels import oracle
 from pyupdate.kernels.rules import RULES
-from pyupdate.tensorflow import passes
+from pyupdate.tensorflow import native, passes
 from pyupdate.tensorflow.update import path_of
 
 PATH = passes.PATH
@@ -347,6 +347,74 @@ def test_a_user_s_model_in_one_function_for_many_steps() -> None:
 
 
 # ----- what does not go by them -------------------------------------------------------------------
+
+
+class OfOnesOwn(Adam):
+    """Keras's, but it could do anything."""
+
+
+OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a subclass": (OfOnesOwn, {}, "XLA"),
+    "another optimizer": (keras.optimizers.RMSprop, {}, "XLA"),
+    "Keras's average": (lambda: Adam(use_ema=True), {}, "XLA"),
+    "Keras's micro-batches": (lambda: Adam(gradient_accumulation_steps=2), {}, "XLA"),
+    "Keras's bounds": (lambda: Adam(clipvalue=1.0), {}, "XLA"),
+    "a rule with scalars": (
+        lambda: keras_optim.from_rule("nadam", **numbers_of("nadam")),
+        {},
+        "XLA",
+    ),
+    "an average": (Adam, {"ema_decay": 0.5}, "XLA"),
+    "micro-batches": (Adam, {"accumulation_steps": 2}, PATH),
+    "bounds": (Adam, {"clip_value": 0.5}, PATH),
+    "a number for a scale": (lambda: Adam(loss_scale_factor=8.0), {}, PATH),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_goes_by_them(kind: str) -> None:
+    make, options, path = OTHERS[kind]
+    model = pyupdate.build(Known(drawn(1, SIZES)), make(), **options)
+    for seed in range(2):
+        give(model, *drawn(seed + 2, SIZES))
+    assert path_of(model) == path
+
+
+def test_a_constraint_and_other_precisions_do_not() -> None:
+    model = Known(drawn(1, SIZES))
+    model.held[0].constraint = keras.constraints.NonNeg()
+    give(pyupdate.build(model, Adam()), *drawn(2, SIZES))
+    assert path_of(model) == "XLA"
+    for dtype in ("float16", "bfloat16"):
+        model = pyupdate.build(Known(drawn(1, SIZES), dtype), Adam())
+        give(model, *drawn(2, SIZES))
+        assert path_of(model) == "XLA"
+
+
+def test_many_small_ones_go_by_kernels_and_many_large_ones_do_not() -> None:
+    for size, path in ((3, "TensorFlow's fused kernels"), (native.LARGE, PATH)):
+        sizes = [size] * native.MANY
+        model = pyupdate.build(Known(drawn(1, sizes)), Adam(), max_norm=1.0)
+        give(model, *drawn(2, sizes))
+        assert path_of(model) == path
+
+
+def test_accumulated_and_bounded_by_hand() -> None:
+    sizes = [7, 130]
+    values = drawn(1, sizes)
+    options = {"accumulation_steps": 2, "clip_value": 0.5, "max_norm": 6.0}
+    model = pyupdate.build(Known(values), Adam(0.01), **options)
+    hand = AdamByHand(values, float(np.float32(0.01)))
+    for turn in range(3):
+        parts = [drawn(10 * turn + part, sizes) for part in range(2)]
+        for part in parts:
+            give(model, *part)
+        means = [(np.float64(a) + b) / 2 for a, b in zip(*parts, strict=True)]
+        norm = math.sqrt(sum(float(np.sum(mean**2)) for mean in means))
+        factor = min(1.0, 6.0 / (norm + 1e-6))
+        hand.step([np.clip(mean * factor, -0.5, 0.5) for mean in means])
+        assert apart(weights(model), hand.values, floor=0.1) <= 8
+    assert path_of(model) == PATH
 
 
 def test_the_choice_of_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ million numbers, 25 % of one of 8 of 32 million, and an eighth of the first call
 fewer than `LARGE` a variable XLA is a fifth faster, and where gradients are multiplied as well,
 which is a pass of its own before a kernel. SGD is one loop in XLA.
 
+The compiled passes (passes.py) move no more than the kernels and need no products, but XLA calls
+them, by the argument: of many small variables kernels take half to three quarters of their time.
+
 The formulas are Keras's: its ``epsilon`` is outside of the bias correction, as the kernel's is.
 Only one minus beta is taken in float32, of the beta that the bias correction has: 1.3e-5 of it at
 0.999.
@@ -51,17 +54,25 @@ def kernels_of(
     found = known.get(type(optimizer))  # a subclass may do anything
     if found is None or any(variable.dtype != tf.float32 for variable in variables):
         return None
-    if len(variables) < MANY:
-        numbers = sum(variable.shape.num_elements() for variable in variables)
-        large = numbers >= LARGE * len(variables)
-        if multiplied or not on_cpu or found is not _adam or not large:
-            return None
+    large = on_cpu and found is _adam and not multiplied and _are_large(variables)
+    if len(variables) < MANY and not large:
+        return None
     extras = ("weight_decay", "use_ema", "gradient_accumulation_steps", "clipvalue")
     if any(getattr(optimizer, name, None) for name in (*extras, "amsgrad")):
         return None
     held = optimizer._trainable_variables
     special = any(v.constraint is not None or v.overwrite_with_gradient for v in held)
     return None if special else found
+
+
+def are_best(variables: Sequence[Any]) -> bool:
+    """Whether kernels, where there are some, are faster than the compiled passes."""
+    return len(variables) >= MANY and not _are_large(variables)
+
+
+def _are_large(variables: Sequence[Any]) -> bool:
+    numbers = sum(variable.shape.num_elements() for variable in variables)
+    return bool(numbers >= LARGE * len(variables))
 
 
 def _adam(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any]) -> None:

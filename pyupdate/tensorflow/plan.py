@@ -84,13 +84,16 @@ class Plan:
         self._native: native.Kernels | None = None
         self._passes: passes.Passes | None = None
         plain = not halves.pairs and options.ema_decay is None
-        if plain and on_cpu and self.compiled:
-            self._passes = passes.passes_of(optimizer, targets)
-        if plain and self._passes is None:
+        if plain:
             multiplied = self.measures or scale is not None or options.clip_value is not None
             self._native = native.kernels_of(
                 optimizer, variables, multiplied=multiplied, on_cpu=on_cpu
             )
+        best = self._native is not None and native.are_best(variables)
+        if plain and on_cpu and self.compiled and not best:
+            self._passes = passes.passes_of(optimizer, targets)
+        if self._passes is not None:
+            self._native = None
         alone = self.measures and not self.accumulates
         self.in_parts = alone and on_cpu and self._passes is None
 
