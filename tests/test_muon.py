@@ -229,19 +229,6 @@ def test_what_torch_refuses_in_a_step_is_refused_before_anything_is_written(chan
     assert param.tolist() == [[1.0, 1.0]] * 2
 
 
-def test_ema_decay_is_refused():
-    param = nn.Parameter(torch.ones(2, 2))
-    stock = torch.optim.Muon([param])
-    for make in (
-        lambda: Muon([param], ema_decay=0.5),
-        lambda: pyupdate.accelerate(stock, ema_decay=0.5),
-        lambda: pyupdate.build(nn.Linear(2, 2, bias=False), "muon", ema_decay=0.5),
-    ):
-        with pytest.raises(ValueError, match="Muon cannot be had with ema_decay"):
-            make()
-    assert type(stock) is torch.optim.Muon
-
-
 # ----- what every optimizer has -------------------------------------------------------------------
 
 

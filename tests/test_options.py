@@ -106,11 +106,9 @@ def with_option(taker: Any, **options: Any) -> Options:
 
 
 REFUSING = {
-    (pyupdate.optim.Muon, "ema_decay"),
-    (pyupdate.optim.Adafactor, "ema_decay"),
     (pyupdate.optim.Adafactor, "stochastic_rounding"),
 }
-"""What comes after their passes, the average would not see; nor what rounds by chance there."""
+"""What comes after its passes is not rounded by chance."""
 
 
 def test_every_option_is_tried_here():

@@ -55,6 +55,19 @@ def part(rows: Sequence[Row], rules: Sequence[GroupRule], home: Any, averages: b
     return Part(rows, rules)
 
 
+def average_moved(average: torch.Tensor, param: torch.Tensor, weight: float) -> torch.Tensor:
+    """An average a step on, of a parameter that has moved, as a new tensor.
+
+    Args:
+        average: in the compute type.
+        param: as it is stored, or that in the compute type.
+        weight: of the parameter.
+    """
+    like = _load(param)
+    moved: torch.Tensor = bind(averaged, "torch")(average.detach(), like, _compute(weight, like))
+    return moved
+
+
 class Part:
     """The rows of a plan that are stepped one tensor at a time."""
 
@@ -187,9 +200,7 @@ class Part:
         tensors = [(place, known[name]) for name, place in places.items()]
         if inputs.averages:
             average = inputs.state[row.param][AVERAGE]
-            weight = _compute(request.ema_weight, like)
-            now = bind(averaged, "torch")(average.detach(), known["param"], weight)
-            tensors.append((average, now))
+            tensors.append((average, average_moved(average, known["param"], request.ema_weight)))
         return _New(tensors, [(state[name], number) for name, number in scalars.items()], count)
 
     def _write(self, r: int, row: Row, inputs: Inputs, new: _New) -> None:

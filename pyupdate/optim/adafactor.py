@@ -267,7 +267,7 @@ def _swept(state: Any, rows: Sequence[Row], scratches: dict[Any, Scratch]) -> li
     counts_steps=True,
     check=_check,
     finish=_finish,
-    lacks=("ema_decay", "stochastic_rounding"),
+    lacks=("stochastic_rounding",),
 )
 class Adafactor(Planned, torch.optim.Adafactor):
     """``torch.optim.Adafactor`` (Shazeer and Stern 2018, arXiv:1804.04235).
@@ -279,10 +279,11 @@ class Adafactor(Planned, torch.optim.Adafactor):
     number, and takes the sums of its rows and columns. Three such blocks are kept between steps,
     and of what is small as much as it has of state.
 
-    ``ema_decay`` and ``stochastic_rounding`` cannot be had. A failure for want of memory may leave
-    a step counted, or an average moved, whose move was not made. ``eps=(None, ...)`` means the
-    precision of each parameter's own dtype; torch takes that of the first in a group. A parameter
-    without elements, over which torch divides by zero, is left alone.
+    An average (``ema_decay``) is moved behind that, a parameter at a time. ``stochastic_rounding``
+    cannot be had. A failure for want of memory may leave a step counted, or a second moment moved,
+    whose move was not made. ``eps=(None, ...)`` means the precision of each parameter's own dtype;
+    torch takes that of the first in a group. A parameter without elements, over which torch divides
+    by zero, is left alone.
 
     Args:
         *args, **kwargs: those of ``torch.optim.Adafactor``, and `Options` by name.

@@ -190,7 +190,7 @@ def _number(value: float, like: Tensor) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu").to(like)
 
 
-@planned(_muon, counts_steps=False, finish=_finish, check=_check, lacks=("ema_decay",))
+@planned(_muon, counts_steps=False, finish=_finish, check=_check)
 class Muon(Planned, torch.optim.Muon):
     """``torch.optim.Muon``; every parameter is a matrix.
 
@@ -201,8 +201,8 @@ class Muon(Planned, torch.optim.Muon):
     bfloat16 parameters without Nesterov, which it divides by its norm in place; here it stays a
     moving average.
 
-    ``ema_decay`` cannot be had. A failure for want of memory may leave the momentum of a step in
-    place whose move was not made.
+    An average (``ema_decay``) is moved behind that, a parameter at a time. A failure for want of
+    memory may leave the momentum of a step in place whose move was not made.
 
     Args:
         *args, **kwargs: those of ``torch.optim.Muon``, and `Options` by name.

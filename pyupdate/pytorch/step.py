@@ -20,7 +20,7 @@ from .hooks import has_hooks, hooked
 from .joining import JOINABLE, Joining, step_all
 from .plan import Plan
 from .request import NormNotFinite, Scaling
-from .rows import GroupRule, Inputs, OptimizerRow, Stale, given_by, rows_of, rule_of
+from .rows import AVERAGE, GroupRule, Inputs, OptimizerRow, Row, Stale, given_by, rows_of, rule_of
 
 Closure = Callable[[], Any]
 
@@ -359,10 +359,17 @@ def _step_once(
         assert engine.row is not None
         if engine.row.check is not None:
             engine.row.check(optimizer, plan.rows)
+        options = options_of(optimizer)
+        finish = engine.row.finish
+        if finish is not None and options.ema_decay is not None:
+            # Parameters move behind the passes, so the passes leave the averages where they are.
+            options = replace(options, ema_decay=1.0)
         try:
-            last = plan.step(inputs, options_of(optimizer), scaling)
-            if engine.row.finish is not None and not last.skipped:
-                engine.row.finish(optimizer, plan.rows, last)
+            last = plan.step(inputs, options, scaling)
+            if finish is not None and not last.skipped:
+                finish(optimizer, plan.rows, last)
+                if inputs.averages:
+                    _average(optimizer, plan.rows)
             if plan.lacked_state:  # so it was skipped
                 engine.plans.pop(key, None)
             return last
@@ -380,6 +387,19 @@ def _step_once(
         "the back end 'reference'"
     )
     raise RuntimeError(message)
+
+
+@torch.no_grad()
+def _average(optimizer: Optimizer, rows: Sequence[Row]) -> None:
+    """Move the averages of parameters that were moved behind the passes."""
+    from ..backends.reference import average_moved
+
+    decay = options_of(optimizer).ema_decay
+    assert decay is not None  # there are averages
+    for row in rows:
+        if row.param.grad is not None:
+            average = optimizer.state[row.param][AVERAGE]
+            average.copy_(average_moved(average, row.param, 1.0 - float(decay)))
 
 
 def _plan(
