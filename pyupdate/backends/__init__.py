@@ -74,6 +74,17 @@ def choice() -> str:
     return _chosen.get() or os.environ.get(VARIABLE, "").strip().lower() or AUTO
 
 
+def known_choice() -> str:
+    """The same, where it is the name of a back end.
+
+    Raises:
+        ValueError: no back end has this name.
+    """
+    name = choice()
+    _check_name(name, VARIABLE if _chosen.get() is None else "use_backend")
+    return name
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Step on one back end inside a ``with`` block.
@@ -118,15 +129,19 @@ def backend_for(device_type: str) -> Backend:
 
 
 def _check(name: str, source: str) -> None:
-    names = [AUTO, *(backend.name for backend in BACKENDS)]
-    if name not in names:
-        message = f"{source}: no back end is named {name!r}; there are: {', '.join(names)}"
-        raise ValueError(message)
+    _check_name(name, source)
     for backend in BACKENDS:
         reason = _why_not(backend) if backend.name == name else None
         if reason is not None:
             message = f"{source}: back end {name!r} cannot run here: {reason}"
             raise RuntimeError(message)
+
+
+def _check_name(name: str, source: str) -> None:
+    names = [AUTO, *(backend.name for backend in BACKENDS)]
+    if name not in names:
+        message = f"{source}: no back end is named {name!r}; there are: {', '.join(names)}"
+        raise ValueError(message)
 
 
 @cache

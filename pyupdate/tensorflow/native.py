@@ -54,6 +54,8 @@ def kernels_of(
     found = known.get(type(optimizer))  # a subclass may do anything
     if found is None or any(variable.dtype != tf.float32 for variable in variables):
         return None
+    if not optimizers.is_as_made(optimizer):
+        return None
     large = on_cpu and found is _adam and not multiplied and _are_large(variables)
     if len(variables) < MANY and not large:
         return None
@@ -75,13 +77,18 @@ def _are_large(variables: Sequence[Any]) -> bool:
     return bool(numbers >= LARGE * len(variables))
 
 
+def _narrow(grads: Sequence[Any]) -> list[Any]:
+    """As the variables are: a gradient of the user's own may have another precision."""
+    return [tf.cast(grad, tf.float32) for grad in grads]
+
+
 def _adam(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any]) -> None:
     rate = tf.cast(optimizer.learning_rate, tf.float32)
     step = tf.cast(optimizer.iterations.value + 1, tf.float32)
     beta1, beta2 = tf.constant(optimizer.beta_1), tf.constant(optimizer.beta_2)
     power1, power2 = tf.pow(beta1, step), tf.pow(beta2, step)
     epsilon = tf.constant(optimizer.epsilon)
-    for grad, variable in zip(grads, variables, strict=True):
+    for grad, variable in zip(_narrow(grads), variables, strict=True):
         index = optimizer._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=optimizers.tf_variable(variable).handle,
@@ -101,7 +108,7 @@ def _adam(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any]) -> Non
 
 def _sgd(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any]) -> None:
     rate = tf.cast(optimizer.learning_rate, tf.float32)
-    for grad, variable in zip(grads, variables, strict=True):
+    for grad, variable in zip(_narrow(grads), variables, strict=True):
         handle = optimizers.tf_variable(variable).handle
         if not optimizer.momentum:
             tf.raw_ops.ResourceApplyGradientDescent(var=handle, alpha=rate, delta=grad)

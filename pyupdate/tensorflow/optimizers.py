@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any
 
 import tensorflow as tf
@@ -17,6 +18,7 @@ from ..remembered import Remembered
 
 _homes: Remembered[str] = Remembered()  # of types: a step asks for 16, 2 us each
 _scaling: Remembered[bool] = Remembered()
+_NUMBERS = ("beta_1", "beta_2", "epsilon", "momentum", "weight_decay")
 
 
 def home(value: object) -> str:
@@ -99,6 +101,19 @@ def stepped(optimizer: Any) -> Any:
 def parts(optimizer: Any) -> tuple[Any, ...]:
     """It, and where it is a `MultiOptimizer` those to which it hands its variables."""
     return (optimizer, *getattr(optimizer, "_inner_optimizers", ()))
+
+
+def is_as_made(optimizer: Any) -> bool:
+    """Whether its type and plain numbers say all of its step, which something else may then make.
+
+    Not where a method was replaced on the object, or a number is a tensor or a variable.
+    """
+    kind = type(optimizer)
+    own = vars(optimizer)
+    if any(callable(value) and callable(getattr(kind, name, None)) for name, value in own.items()):
+        return False
+    given = [own.get(name) for name in _NUMBERS]
+    return all(value is None or isinstance(value, Real) for value in given)
 
 
 def is_built(optimizer: Any) -> bool:

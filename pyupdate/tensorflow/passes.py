@@ -43,8 +43,12 @@ _TYPES = {tf.float32: "f32", tf.float64: "f64"}
 
 
 def allowed() -> bool:
-    """Whether the choice of a back end in force lets the compiled passes run on a CPU."""
-    return backends.choice() in (backends.AUTO, "cpu")
+    """Whether the choice of a back end in force lets the compiled passes run on a CPU.
+
+    Raises:
+        ValueError: no back end has this name.
+    """
+    return backends.known_choice() in (backends.AUTO, "cpu")
 
 
 @cache
@@ -102,6 +106,7 @@ class Passes:
         Returns:
             The norm, a bool, and a norm a gradient; norms in float64.
         """
+        grads = [grad if grad.dtype in _TYPES else tf.cast(grad, tf.float32) for grad in grads]
         found = _called(
             f"{PREFIX}_measure",
             [tf.cast(unscale, tf.float64), *grads],
@@ -122,7 +127,7 @@ class Passes:
 
         Args:
             optimizer: whose step it is.
-            grads: one a target, dense.
+            grads: one a target, dense; of its dtype or, by a gradient of the user's own, another.
             targets: what is stepped: ``tf.Variable``, or what Keras 3 wraps them in.
             multiplier: of the gradients, a scalar or one a gradient; None for 1.
             clip_value: the bound of every multiplied element; None for none.
@@ -141,9 +146,10 @@ class Passes:
             written = [optimizers.tf_variable(targets[i]) for i in group.places]
             written += [state[places[i]].value for state in kept for i in group.places]
             before = [variable.read_value() for variable in written]
+            moved_by = [tf.cast(grads[i], before[k].dtype) for k, i in enumerate(group.places)]
             after = _called(
                 f"{PREFIX}_step",
-                [control, tf.reshape(own, [-1]), *before, *(grads[i] for i in group.places)],
+                [control, tf.reshape(own, [-1]), *before, *moved_by],
                 [tf.TensorSpec(value.shape, value.dtype) for value in before],
                 in_place=2,
                 rule=group.rule,
@@ -162,6 +168,8 @@ def passes_of(optimizer: Any, targets: Sequence[Any]) -> Passes | None:
         targets: what it steps.
     """
     if not allowed() or optimizers.home(optimizer) != "keras" or why_not():
+        return None
+    if not optimizers.is_as_made(optimizer):
         return None
     import keras
 

@@ -223,7 +223,8 @@ class Plan:
     @property
     def path(self) -> str:
         """What runs the step, in words."""
-        if self._passes is not None and self.compiled:
+        eagerly = tf.config.functions_run_eagerly()
+        if self._passes is not None and self.compiled and not eagerly:
             return passes.PATH
         if self._native is not None:
             return "TensorFlow's fused kernels"
