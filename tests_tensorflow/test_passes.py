@@ -269,6 +269,55 @@ def test_what_is_excluded_from_the_decay() -> None:
     assert int(optimizer.iterations) == 3
 
 
+def test_a_multiplier_each_and_state_by_variable() -> None:
+    """In two groups, and with a variable frozen in front of them."""
+    sizes = [3, 7, 130, 5, 33]
+    values = drawn(1, sizes)
+    model = Known(values)
+    model.current_optimizer = optimizer = AdamW(0.01, weight_decay=0.5, clipnorm=3.0, epsilon=0.1)
+    optimizer.exclude_from_weight_decay([model.held[2], model.held[4]])
+    optimizer.build(model.held)
+    model.held[0].trainable = False
+    hand = HandW(values[1:], float(np.float32(0.01)))
+    hand.epsilon, hand.decays = 0.1, (0.5, 0.0, 0.5, 0.0)
+    for seed in range(3):
+        grads = [grad * k for k, grad in enumerate(drawn(seed + 2, sizes), start=1)]
+        give(model, *grads)
+        norms = [math.sqrt(float(np.sum(np.float64(grad) ** 2))) for grad in grads]
+        factors = [min(1.0, 3.0 / norm) for norm in norms]
+        hand.step([np.float64(g) * f for g, f in zip(grads, factors, strict=True)][1:])
+    assert path_of(model) == PATH
+    held = {variable.path: variable.numpy() for variable in model.held}
+    found = [held[variable.path] for variable in model.held[1:]]
+    assert apart(found, hand.values, floor=0.1) <= 8
+    assert np.array_equal(model.held[0].numpy(), values[0])
+    for kept, true in ((optimizer._momentums, hand.first), (optimizer._velocities, hand.second)):
+        assert not np.any(kept[0].numpy())
+        assert apart([v.numpy() for v in kept[1:]], true, floor=0.1) <= 8
+
+
+def test_a_step_takes_no_memory_for_results() -> None:
+    """By the pages that a process is given: where results had memory of their own, three times."""
+    resource = pytest.importorskip("resource")
+    size = 2**23  # 32 MiB each: glibc gives smaller ones out again without new pages
+    model = pyupdate.build(Known([np.zeros(size, np.float32)]), Adam(0.01))
+    grad = tf.ones([size])
+
+    @tf.custom_gradient
+    def known(_: Any) -> Any:
+        return tf.constant(0.0), lambda _: grad
+
+    given = []
+    for _ in range(5):
+        with tf.GradientTape() as tape:
+            loss = known(model.held[0].value)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        pyupdate.update_model(model, loss, tape=tape)
+        given.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert path_of(model) == PATH
+    assert min(given) * resource.getpagesize() < 4 * size
+
+
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 @pytest.mark.parametrize("clip", ["global_clipnorm", "clipnorm"])
 def test_scaled_clipped_and_skipped_by_hand(clip: str, way: str) -> None:

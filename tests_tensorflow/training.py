@@ -103,6 +103,8 @@ def apart(found: Sequence[Any], true: Sequence[Any], floor: float = 1e-3) -> flo
 class AdamByHand:
     """Keras's Adam in fp64: the epsilon is outside of the bias correction."""
 
+    epsilon = 1e-7
+
     def __init__(
         self, values: Sequence[Any], lr: float, beta1: float = 0.9, beta2: float = 0.999
     ) -> None:
@@ -118,7 +120,7 @@ class AdamByHand:
             self.first[i] += (grad - self.first[i]) * (1 - self.beta1)
             self.second[i] += (grad * grad - self.second[i]) * (1 - self.beta2)
             self.values[i] = self.values[i] - rate * self.first[i] / (
-                np.sqrt(self.second[i]) + 1e-7
+                np.sqrt(self.second[i]) + self.epsilon
             )
 
 
