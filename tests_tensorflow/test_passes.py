@@ -296,6 +296,18 @@ def test_a_multiplier_each_and_state_by_variable() -> None:
         assert apart([v.numpy() for v in kept[1:]], true, floor=0.1) <= 8
 
 
+def test_a_number_for_a_scale_is_divided_by_and_nothing_is_skipped_unasked() -> None:
+    numbers = numbers_of("sgd") | {"lr": 0.5, "weight_decay": 0.0}
+    model = Known([np.float32([1.0, 2.0])])
+    model.current_optimizer = keras_optim.from_rule("sgd", **numbers, loss_scale_factor=8.0)
+    give(model, np.float32([1.0, -2.0]))
+    assert weights(model)[0].tolist() == [0.5, 3.0]
+    pyupdate.build(model, keras_optim.from_rule("sgd", **numbers), max_norm=1.0)
+    give(model, np.float32([1.0, math.nan]))
+    assert path_of(model) == PATH
+    assert np.isnan(weights(model)[0]).all()
+
+
 def test_a_step_takes_no_memory_for_results() -> None:
     """By the pages that a process is given: where results had memory of their own, three times."""
     resource = pytest.importorskip("resource")
