@@ -318,6 +318,7 @@ def test_a_process_that_fails_is_a_cell_with_a_reason(monkeypatch, capsys) -> No
     assert found["why_not"] == "no such workload"
 
 
+@pytest.mark.slow
 def test_a_cell_in_a_process_of_its_own() -> None:
     with server.Server() as one:
         cell = matrix.Cell("tensors", "1", threads=1)

@@ -199,6 +199,7 @@ def test_a_gpu_where_nothing_can_run_fails_with_the_reason(command, capsys):
     assert "nothing can run: no nvcc on PATH" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_where_theirs_fails_the_others_are_timed(command, emulated, monkeypatch):
     def refused(step, fullgraph):
         def run():
@@ -214,6 +215,7 @@ def test_where_theirs_fails_the_others_are_timed(command, emulated, monkeypatch)
     assert set(found["milliseconds"]) == {"pyupdate cuda", "torch fused", "torch foreach"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("takes", [True, False])
 def test_flashoptim_takes_part_where_it_is_installed(command, emulated, monkeypatch, takes):
     class FlashAdamW(torch.optim.SGD):

@@ -148,6 +148,7 @@ def test_the_sanitizers_run_the_small_test(tmp_path, monkeypatch, where):
     assert done["last"].startswith("2/"), log
 
 
+@pytest.mark.slow
 def test_the_parts_share_every_test_of_triton(monkeypatch):
     def collected(*arguments, **environment):
         done = subprocess.run(
