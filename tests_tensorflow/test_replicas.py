@@ -272,3 +272,45 @@ def test_clipping_comes_after_the_all_reduce(strategy: Any, option: str) -> None
     run(strategy, model, [[[6.0, 0.0], [0.0, 8.0]]], graph=True)
     true = np.float64([0.0, 2.0]) - np.float64([3.0, 4.0]) / 5.0
     assert np.max(np.abs(np.array(held(strategy, model)[0]) - true)) <= 2e-6
+
+
+ONE_REPLICA: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (lambda: keras.optimizers.Adam(0.0625, *BETAS), {}),
+    "clipped": (lambda: keras.optimizers.Adam(0.0625, *BETAS), {"max_norm": 1.0}),
+    "scaled": (
+        lambda: keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.Adam(0.0625, *BETAS, global_clipnorm=1.0), initial_scale=64.0
+        ),
+        {},
+    ),
+    "averaged": (lambda: keras.optimizers.Adam(0.0625, *BETAS), {"ema_decay": 0.5}),
+    "micro-batches": (lambda: keras.optimizers.Adam(0.0625, *BETAS), {"accumulation_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("kind", ONE_REPLICA)
+def test_a_mirrored_strategy_of_one_replica(kind: str, graph: bool) -> None:
+    """As on a machine with one GPU: TensorFlow mirrors its variables too."""
+    optimizer, options = ONE_REPLICA[kind]
+    values = [np.float32([1.0, 2.0]), np.float32([3.0])]
+    single = tf.distribute.MirroredStrategy(["CPU:0"])
+    model = made(single, values, optimizer, **options)
+    hand = AdamByHand(values, 0.0625, *BETAS)
+    averages = list(hand.values)
+    step = repeated(single, model, graph)
+    for turn in range(3):
+        grads = [np.float64([turn + 1.0, -2.0]), np.float64([turn - 3.0])]
+        for _ in range(options.get("accumulation_steps", 1)):
+            step([grad[None] for grad in grads])
+        norm = math.sqrt(sum(float(np.sum(grad**2)) for grad in grads))
+        factor = 1.0 / norm if kind in ("clipped", "scaled") else 1.0
+        hand.step([grad * factor for grad in grads])
+        averages = [(a + v) / 2 for a, v in zip(averages, hand.values, strict=True)]
+        if kind == "scaled":
+            assert pyupdate.last_update(model).norm == pytest.approx(norm, rel=1e-6)
+    found = [replica[0] for replica in held(single, model)]
+    assert apart(found, hand.values) <= 16
+    if kind == "averaged":
+        with pyupdate.averaged_weights(model):
+            assert apart([replica[0] for replica in held(single, model)], averages) <= 16

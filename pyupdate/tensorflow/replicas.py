@@ -37,6 +37,14 @@ def count() -> int:
     return 1 if context is None else int(context.num_replicas_in_sync)
 
 
+def are_here(variables: Sequence[Any]) -> bool:
+    """Whether variables are stepped replica by replica: of a mirrored strategy of one, too."""
+    if count() > 1:
+        return True
+    inside = tf.distribute.has_strategy() and tf.distribute.get_replica_context() is not None
+    return inside and isinstance(variables[0], tf.distribute.DistributedValues)
+
+
 def check_place(variables: Sequence[Any], name: str) -> None:
     """Refuse an update where TensorFlow has none for a model on several replicas.
 

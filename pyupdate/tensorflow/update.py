@@ -156,8 +156,8 @@ def apply(
     if optimizers.counts_in_python(optimizers.stepped(optimizer)):
         _moving[optimizer] = True
 
-    replicated = replicas.count()
-    traced = tf.executing_eagerly() and replicated == 1 and not _moving.get(optimizer)
+    replicated = replicas.are_here(variables)
+    traced = tf.executing_eagerly() and not replicated and not _moving.get(optimizer)
     asked = rates.fed(optimizers.stepped(optimizer)) if traced else {}
 
     def said() -> Any:
@@ -184,7 +184,7 @@ def apply(
             plan.leave_traces()
         return plan
 
-    if replicated > 1:
+    if replicated:
 
         def of(strategy: Any) -> Any:
             scopes.check_inside(optimizer, variables, name)
@@ -196,7 +196,7 @@ def apply(
         replicas.step(
             grads,
             scale,
-            lambda strategy: planned(partial(of, strategy), replicated, eagerly),
+            lambda strategy: planned(partial(of, strategy), replicas.count(), eagerly),
             partial(_keep, optimizer),
         )
         return
