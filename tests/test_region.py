@@ -22,7 +22,7 @@ namespace plain { extern const cpu::Passes passes; }
 using namespace cpu;
 const Passes& built = plain::passes;
 
-// Two steps of a rule on rows of these sizes; all that was written.
+// A step of a rule on rows of these sizes; all that was written.
 std::vector<float> stepped(const std::string& name, int threads, bool reduce) {
   const std::vector<int64_t> sizes{700001, 5, 300000, 0, 20000, 90000};
   int64_t index = 0;
@@ -38,32 +38,29 @@ std::vector<float> stepped(const std::string& name, int threads, bool reduce) {
       }
     }
   }
-  Outcome outcome;
-  for (int step = 1; step <= 2; ++step) {
-    Tables tables(width);
-    double numbers[16] = {static_cast<double>(step), 0.01, 0.9, 0.99, 1e-3, 0.1};
-    tables.hypers.resize(static_cast<size_t>(rule.hypers));
-    rule.prepare(numbers, tables.hypers.data());
-    tables.hyper_rows.push_back({index, 1, 0, step, 1.0});
-    for (size_t r = 0; r < sizes.size(); ++r) {
-      std::vector<int64_t> addresses;
-      for (int64_t role = 0; role < width; ++role) {
-        float* first = memory[r * static_cast<size_t>(width) + static_cast<size_t>(role)].data();
-        addresses.push_back(reinterpret_cast<int64_t>(first));
-      }
-      tables.add_row({sizes[r], 0, 0, 0, -1}, addresses.data(), nullptr);
+  Tables tables(width);
+  double numbers[16] = {1.0, 0.01, 0.9, 0.99, 1e-3, 0.1};
+  tables.hypers.resize(static_cast<size_t>(rule.hypers));
+  rule.prepare(numbers, tables.hypers.data());
+  tables.hyper_rows.push_back({index, 1, 0, 1, 1.0});
+  for (size_t r = 0; r < sizes.size(); ++r) {
+    std::vector<int64_t> addresses;
+    for (int64_t role = 0; role < width; ++role) {
+      float* first = memory[r * static_cast<size_t>(width) + static_cast<size_t>(role)].data();
+      addresses.push_back(reinterpret_cast<int64_t>(first));
     }
-    tables.cut();
-    Request request;
-    request.threads = threads;
-    request.reduce = reduce;
-    request.max_norm = 1.0;
-    int calls = 0;
-    request.context = &calls;
-    request.before_writing = [](void* context) { ++*static_cast<int*>(context); };
-    outcome = run(built, tables, request);
-    if (calls != 1) std::printf("before_writing was called %d times\n", calls);
+    tables.add_row({sizes[r], 0, 0, 0, -1}, addresses.data(), nullptr);
   }
+  tables.cut();
+  Request request;
+  request.threads = threads;
+  request.reduce = reduce;
+  request.max_norm = 1.0;
+  int calls = 0;
+  request.context = &calls;
+  request.before_writing = [](void* context) { ++*static_cast<int*>(context); };
+  const Outcome outcome = run(built, tables, request);
+  if (calls != 1) std::printf("before_writing was called %d times\n", calls);
   std::vector<float> all{static_cast<float>(outcome.norm)};
   for (const std::vector<float>& one : memory) all.insert(all.end(), one.begin(), one.end());
   return all;
@@ -74,7 +71,7 @@ int main() {
   for (const char* name : {"adamw", "toy_two", "toy_three"}) {
     for (bool reduce : {false, true}) {
       const std::vector<float> alone = pyupdate::stepped(name, 1, reduce);
-      for (int threads : {2, 3, 4}) {
+      for (int threads : {2, 4}) {
         const std::vector<float> found = pyupdate::stepped(name, threads, reduce);
         const bool same = std::memcmp(alone.data(), found.data(), alone.size() * 4) == 0;
         std::printf("%s %d threads, %s: %s\n", name, threads, reduce ? "norm" : "plain",
@@ -135,7 +132,7 @@ def test_every_number_of_threads_has_the_bits_of_one(folder: Path) -> None:
     done = tried(ROOT / SOURCES[1], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 * 2 * 3
+    assert len(lines) == 3 * 2 * 2
     assert all(line.endswith(": same") for line in lines), done.stdout
 
 
