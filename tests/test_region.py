@@ -123,7 +123,7 @@ def tried(region: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "TSAN_OPTIONS": options},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
