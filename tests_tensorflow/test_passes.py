@@ -17,7 +17,7 @@ tf = pytest.importorskip("tensorflow", reason="tensorflow is not installed: pyup
 
 import keras
 from test_keras_optim import begun, numbers_of
-from training import EPS, AdamByHand, Known, apart, give, ways, weights
+from training import EPS, LACKS_PASSES, AdamByHand, Known, apart, give, ways, weights
 
 import pyupdate
 from pyupdate import keras_optim
@@ -32,7 +32,7 @@ THREADS = [700_001, 3, 400_000]
 """Work for two threads and more."""
 Adam, AdamW = keras.optimizers.Adam, keras.optimizers.AdamW
 
-pytestmark = pytest.mark.skipif(bool(passes.why_not()), reason=passes.why_not())
+pytestmark = pytest.mark.skipif(LACKS_PASSES, reason=passes.why_not())
 
 
 def drawn(seed: int, sizes: list[int], dtype: Any = np.float32) -> list[Any]:

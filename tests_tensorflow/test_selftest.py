@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("tensorflow", reason="tensorflow is not installed: pyupdate[tensorflow]")
 
+from training import LACKS_PASSES
+
 from pyupdate.kernels.rules import RULES
 from pyupdate.tensorflow import measure, passes, selftest
 
@@ -44,7 +46,7 @@ def test_it_fails_where_the_clip_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     assert result.worst > 1.0
 
 
-@pytest.mark.skipif(bool(passes.why_not()), reason=passes.why_not())
+@pytest.mark.skipif(LACKS_PASSES, reason=passes.why_not())
 def test_it_fails_where_the_passes_take_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
     true = passes._rule_numbers
     monkeypatch.setattr(passes, "_rule_numbers", lambda *given: [2.0 * n for n in true(*given)])

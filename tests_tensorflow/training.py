@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 import pyupdate
+from pyupdate.tensorflow import passes
 
 EPS = float(np.finfo(np.float32).eps)
+LACKS_PASSES = bool(passes.why_not()) and not os.environ.get("PYUPDATE_REQUIRE_COMPILED")
+"""Where the compiled passes must be there, as in CI, what needs them fails without them."""
 DATA = np.random.default_rng(5).normal(size=(8, 4)).astype(np.float32)
 
 

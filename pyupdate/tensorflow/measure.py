@@ -115,14 +115,14 @@ def measured_fast(
         least = total if clips.clipnorm is None else 2.0 * tf.reduce_min(halved)
         sound = tf.logical_and(sound, tf.logical_or(least >= SMALL, unscale <= 1.0))
     norm, each = tf.sqrt(total) * unscale, tf.sqrt(2.0 * tf.stack(halved)) * unscale
-    return Measured(norm, sound, unscale * factor(norm, each, options, clips))
+    return Measured(norm, sound, unscale * clip_factor(norm, each, options, clips))
 
 
 def measured_slowly(grads: Sequence[Any], unscale: Any, options: Options, clips: Clips) -> Measured:
     """The same of the unscaled gradients, as Keras takes it, one more pass over them."""
     halved = _halved(multiplied(grads, unscale, None))
     norm, each = tf.sqrt(2.0 * tf.add_n(halved)), tf.sqrt(2.0 * tf.stack(halved))
-    return Measured(norm, None, unscale * factor(norm, each, options, clips))
+    return Measured(norm, None, unscale * clip_factor(norm, each, options, clips))
 
 
 def _halved(grads: Sequence[Any]) -> list[Any]:
@@ -130,7 +130,7 @@ def _halved(grads: Sequence[Any]) -> list[Any]:
     return [tf.cast(tf.nn.l2_loss(_wide(grad)), kind) for grad in grads]
 
 
-def factor(norm: Any, each: Any, options: Options, clips: Clips) -> Any:
+def clip_factor(norm: Any, each: Any, options: Options, clips: Clips) -> Any:
     """What the clips multiply unscaled gradients by, of their norm and those of each."""
     factor = tf.ones_like(norm)
     if options.max_norm is not None:  # torch's, guard included

@@ -347,7 +347,7 @@ class Plan:
             return ()
         norm, finite, each = self._passes.measure(grads, unscale)
         kind = measure.precision([grad.dtype for grad in grads])
-        factor = measure.factor(norm, each, self.options, self.clips)
+        factor = measure.clip_factor(norm, each, self.options, self.clips)
         multiplier = tf.cast(tf.cast(unscale, norm.dtype) * factor, kind)
         self._apply(grads, multiplier, tf.logical_not(finite) if self.checks else None)
         skipped = tf.constant(0.0)
@@ -380,21 +380,16 @@ class Plan:
         """The apply pass: everything that moves; `skip` is for the compiled passes alone."""
         optimizer = self._alive()
         value = self.options.clip_value
-        if self._by_passes and self._passes is not None:
-            if self.missed:
-                back = self.state.put_back(optimizer, self.variables, self.targets, self.missed)
-            with rates.read(optimizer, self._rates):
-                self._passes.step(optimizer, grads, self.targets, multiplier, value, skip)
-            if self.missed:
-                back()
-            return
-        if multiplier is not None or value is not None or self.halves.pairs:
+        by = self._passes if self._by_passes else None
+        if by is None and (multiplier is not None or value is not None or self.halves.pairs):
             grads = measure.multiplied(grads, multiplier, value)
         self.halves.widen()
         if self.missed:
             back = self.state.put_back(optimizer, self.variables, self.targets, self.missed)
         with rates.read(optimizer, self._rates):
-            if self._native is not None:
+            if by is not None:
+                by.step(optimizer, grads, self.targets, multiplier, value, skip)
+            elif self._native is not None:
                 self._native(optimizer, grads, self.targets)
             else:
                 self._apply_as_it_is(optimizer, grads)
