@@ -3,14 +3,13 @@
 //
 // OpenMP by default: linked to libgomp.so.1 by its plain name, the module shares the pool of the
 // torch that was loaded before it, so two pools never fight for the cores. A forked child cannot
-// use that pool (GNU OpenMP hangs there), and ThreadSanitizer cannot see its barriers: there, where
-// the caller wants it so, and where the compiler has no OpenMP, plain threads are made for each
-// region (about 20 us each).
+// use that pool (GNU OpenMP hangs there), and ThreadSanitizer cannot see where it joins: there,
+// where the caller wants it so, and where the compiler has no OpenMP, plain threads are made for
+// each region (about 20 us each).
 #pragma once
 #include <pthread.h>
 
 #include <atomic>
-#include <barrier>
 #include <cfenv>
 #include <thread>
 #include <vector>
@@ -25,17 +24,6 @@ namespace pyupdate::cpu {
 struct Team {
   int rank;
   int size;
-  std::barrier<>* threads;  // null in an OpenMP region
-
-  void barrier() const {
-    if (threads != nullptr) {
-      threads->arrive_and_wait();
-      return;
-    }
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-  }
 };
 
 inline std::atomic<bool>& in_forked_child() {
@@ -81,22 +69,21 @@ void parallel(int size, const Body& work, [[maybe_unused]] bool plain = false) {
     work(team);
   };
   if (size <= 1) {
-    body(Team{0, 1, nullptr});
+    body(Team{0, 1});
     return;
   }
 #ifdef _OPENMP
   if (!plain && !in_forked_child()) {
 #pragma omp parallel num_threads(size)
-    body(Team{omp_get_thread_num(), omp_get_num_threads(), nullptr});
+    body(Team{omp_get_thread_num(), omp_get_num_threads()});
     return;
   }
 #endif
-  std::barrier<> barrier(size);
   std::vector<std::thread> others;
   for (int rank = 1; rank < size; ++rank) {
-    others.emplace_back([&body, &barrier, rank, size] { body(Team{rank, size, &barrier}); });
+    others.emplace_back([&body, rank, size] { body(Team{rank, size}); });
   }
-  body(Team{0, size, &barrier});
+  body(Team{0, size});
   for (std::thread& other : others) other.join();
 }
 
