@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ahead.h"
 
-#include <pybind11/pybind11.h>
+#include <pybind11/cast.h>
 
 #include <algorithm>
 #include <optional>
@@ -44,7 +44,8 @@ const void* said(const py::handle& object, const char* name) {
 }
 
 std::optional<Leads> look() {
-  const py::module_ torch = py::module_::import("torch");
+  const auto torch = py::reinterpret_steal<py::object>(PyImport_ImportModule("torch"));
+  if (!torch) throw py::error_already_set();
   const auto made = [&](bool leaf) -> py::object {
     return torch.attr("zeros")(1, py::arg("device") = "cpu", py::arg("requires_grad") = leaf);
   };

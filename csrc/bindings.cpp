@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module: builds plans, checks everything with the GIL held, then runs without it.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <map>
 #include <memory>
@@ -12,13 +11,8 @@
 #include "ahead.h"
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
-#include "plan_object.h"
 #include "watch.h"
 #include "xla.h"
-
-#ifndef PYUPDATE_MODULE_NAME
-#define PYUPDATE_MODULE_NAME _C
-#endif
 
 namespace py = pybind11;
 
@@ -316,22 +310,10 @@ std::map<std::string, std::string> digests_of_rules() {
   return digests;
 }
 
-py::dict build_info() {
-  py::dict info;
-#ifdef PYUPDATE_COMPILER
-  info["compiler"] = PYUPDATE_COMPILER;
-#endif
-#ifdef PYUPDATE_FLAGS
-  info["flags"] = PYUPDATE_FLAGS;
-#endif
-  info["threading"] = cpu::threading();
-  return info;
-}
-
 }  // namespace
 }  // namespace pyupdate
 
-PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
+PYBIND11_MODULE(pyupdate_module, m) {
   using namespace pyupdate;
   m.doc() = "Compiled passes of pyupdate: plans of torch parameters, stepped on the CPU.";
   cpu::watch_for_fork();
@@ -355,7 +337,21 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
       .def("nbytes", &Plan::bytes)
       .def("chunks", [](Plan& plan) { return plan.tables().chunks(); });
 
-  name_watch(m);
+  py::class_<Watch>(m, "Watch", py::module_local(), py::custom_type_setup(collectable<Watch>))
+      .def(py::init(&make_watch), py::kw_only(), py::arg("shapes"), py::arg("tensor_type"),
+           py::arg("types"), py::arg("increment_version"), py::arg("tensor_list"),
+           py::arg("groups"), py::arg("params"), py::arg("storages"), py::arg("group_of"),
+           py::arg("positions"), py::arg("averages"))
+      .def("look", &Watch::look, py::arg("groups"), py::arg("state"), py::arg("numbers"))
+      .def("was_drawn", &Watch::was_drawn)
+      .def("gradients", &Watch::gradients, py::arg("to"))
+      .def("classes", &Watch::classes)
+      .def("recounts", &Watch::recounts)
+      .def("stepped", &Watch::stepped)
+      .def("state_was_made", &Watch::state_was_made, py::arg("made"))
+      .def("vouch", &Watch::vouch)
+      .def("active", &Watch::active)
+      .def("nbytes", &Watch::bytes);
 
   py::class_<cpu::Stream>(m, "Stream", py::module_local())
       .def(py::init<int64_t, bool>(), py::arg("elements"), py::arg("averages") = false)
@@ -377,5 +373,9 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
   m.def("prepare", &prepare, py::arg("rule"), py::arg("numbers"));
   m.def("stages", &stages, py::arg("rule"));
   m.def("digests", &digests_of_rules);
-  m.def("build_info", &build_info);
+  m.def("build_info", [] {
+    std::map<std::string, std::string> info = build_info();
+    info["threading"] = cpu::threading();
+    return info;
+  });
 }

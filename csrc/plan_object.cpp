@@ -106,13 +106,4 @@ std::unique_ptr<Plan> make_plan(Plan::Interface interface, const std::vector<Rul
                                 std::move(storage), group_of, positions, averages);
 }
 
-void name_found(py::module_& m) {
-  py::enum_<Found>(m, "Found", py::module_local())
-      .value("READY", Found::kReady)
-      .value("FRESH", Found::kFresh)
-      .value("STALE", Found::kStale)
-      .value("SUSPECT", Found::kSuspect)
-      .value("OVERLAP", Found::kOverlap);
-}
-
 }  // namespace pyupdate

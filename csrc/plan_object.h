@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A plan as a module shows it to Python: how it is made, who may step it, what the garbage
-// collector sees. For every compiled module.
+// A plan as a module shows it to Python: how it is made, and who may step it. For every compiled
+// module.
 #pragma once
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -37,25 +34,6 @@ std::unique_ptr<Plan> make_plan(Plan::Interface interface, const std::vector<Rul
                                 const std::vector<std::string>& storages,
                                 const std::vector<int32_t>& group_of,
                                 const std::vector<int32_t>& positions, bool averages);
-
-// The enum `Found` of a module.
-void name_found(py::module_& m);
-
-// Lets Python's garbage collector see through a plan to the parameters.
-template <class P>
-void collectable(PyHeapTypeObject* heap) {
-  PyTypeObject& type = heap->ht_type;
-  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
-  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-    Py_VISIT(Py_TYPE(self));
-    if (!py::detail::is_holder_constructed(self)) return 0;
-    return py::cast<P&>(py::handle(self)).traverse(visit, arg);
-  };
-  type.tp_clear = [](PyObject* self) {
-    if (py::detail::is_holder_constructed(self)) py::cast<P&>(py::handle(self)).clear();
-    return 0;
-  };
-}
 
 // pyupdate/pytorch/request.py's Request, in its order.
 using Wanted = std::tuple<bool, bool, bool, bool, double, double, double, double, bool, int64_t>;

@@ -4,6 +4,8 @@
 // throughout.
 #include "refresh.h"
 
+#include <pybind11/cast.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>

@@ -2,7 +2,7 @@
 // A plan of torch parameters: re-reads every tensor at every step, and trusts nothing it has not
 // read in this step. Rows that it cannot vouch for go back to Python, which says what is wrong.
 #pragma once
-#include <pybind11/pybind11.h>
+#include <pybind11/pytypes.h>
 
 #include <string>
 #include <utility>

@@ -40,6 +40,11 @@ def compiler() -> str:
     return found
 
 
+def launcher() -> list[str]:
+    """What CMake would put before the compiler's name; CI has one."""
+    return shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))
+
+
 def tool(name: str) -> str:
     """A program beside this Python or on PATH; the test is skipped where there is none."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
@@ -150,15 +155,28 @@ def build_toys() -> Build:
     return Build(folder)
 
 
-# ----- the modules of tests/device
+# ----- what tests/device builds
 
 
 def device_module(name: str) -> ModuleType:
     """A module of tests/device/CMakeLists.txt, built where it is not as its sources."""
-    with kept_folder("cuda_on_cpu") as folder:
-        cmake(folder, "-DPYUPDATE_CUDA_ON_CPU=ON", target=name)
+    with device_build(name) as folder:
         (path,) = folder.glob(f"{name}.*so")
         return load_module(name, path)
+
+
+def device_program(name: str, copy: Path) -> Path:
+    """A program of tests/device/CMakeLists.txt, built likewise and copied to this folder."""
+    with device_build(name) as folder:
+        return Path(shutil.copy(folder / "tests" / "device" / name, copy))
+
+
+@contextmanager
+def device_build(target: str) -> Iterator[Path]:
+    """The folder of tests/device's build, with this target in it, for this process alone."""
+    with kept_folder("cuda_on_cpu") as folder:
+        cmake(folder, "-DPYUPDATE_CUDA_ON_CPU=ON", target=target)
+        yield folder
 
 
 # ----- builds

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from bits import assert_same_bits
 from cases import CASES, OTHERS
-from compiling import ROOT, compiler, run
+from compiling import ROOT, compiler, launcher, run
 
 from pyupdate.kernels import emit_cpp, oracle, reduction, rules
 from pyupdate.kernels.language import Rule
@@ -89,7 +89,10 @@ def build(
                 copy.write_text(text.replace(old, new) if old else text)
     (folder / "rules_generated.h").write_text(emit_cpp.emit(entries))
     include = [f"-I{folder}", f"-I{sources}", f"-I{ROOT / 'tests/device'}"]
-    command = [compiler(), *FLAGS, *flags, "-DPYUPDATE_ISA=device", *include, "-x", "c++", "-c"]
+    # An object does not depend on where its sources lie, so CI's launcher may have it already.
+    command = [*launcher(), compiler(), *FLAGS, *flags, "-DPYUPDATE_ISA=device", *include]
+    command += [f"-ffile-prefix-map={folder}=build", f"-ffile-prefix-map={sources}=csrc"]
+    command += ["-x", "c++", "-c"]
     jobs = [
         (sources / "cuda/apply.cu", f"apply{k}.o", (f"-DPYUPDATE_STORAGE={k}",)) for k in storages
     ]

@@ -88,6 +88,22 @@ def test_what_differs_is_compiled(checkouts):
     assert len(seen) == 3
 
 
+def test_a_macro_and_a_folder_of_headers_count_where_the_text_sees_them(checkouts):
+    one, another = checkouts
+    headers = another.folder / "headers"
+    headers.mkdir()
+    assert one.compile("-DNAME=one")[0] == 0
+    for flags in (("-DNAME=two",), (f"-I{headers}",), ("-isystem", str(headers))):
+        status, stored = another.compile(*flags)
+        assert (status, another.compilations()) == (0, 1)
+        assert stored == another.compile(*flags, through=False)[1]
+        another.calls.write_text(".\n")  # without the one that did not go through it
+    another.write("value.h", "#define VALUE NAME\n")
+    seen = {another.compile(f"-DNAME={number}")[1] for number in (1, 2)}
+    assert another.compilations() == 3
+    assert len(seen) == 2
+
+
 def test_a_failure_and_a_warning_are_met_every_time(checkouts):
     one, another = checkouts
     one.write("value.cpp", TEXT + "int missing() {}\n")

@@ -11,10 +11,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import cuda_cases
 import numpy as np
 import pytest
 from bits import assert_same_bits
+from compiling import device_program
 from cuda_cases import (
     OPTIONS,
     STORAGES,
@@ -42,7 +42,7 @@ CHUNKS = (16_383, 16_384, 16_385, 100_003)
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return cuda_cases.build(tmp_path_factory.mktemp("cuda"), RULES)
+    return Program(device_program("cuda_steps", tmp_path_factory.mktemp("cuda")), tuple(RULES))
 
 
 def compare(

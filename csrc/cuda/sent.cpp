@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sent.h"
 
+#include <pybind11/cast.h>
+
 #include <algorithm>
 #include <memory>
 #include <string>
@@ -70,14 +72,14 @@ Tables Sent::ready(std::span<const Drawn> plans, cpu::Tables& tables,
   });
   if (image_.begin() == image_.end() && !grows && !recounts) return this->tables(outcome);
   int64_t moved = -1;
-  std::vector<std::pair<int32_t, double>> counts;
+  py::list counts;
   int64_t rows = 0, records = 0;  // of the plans before
   for (const auto& [plan, ignored] : plans) {
     const int64_t k = image_.moved_row() - rows;
     const auto own = static_cast<int64_t>(plan.active().size());
     if (k >= 0 && k < own) moved = records + plan.active()[static_cast<size_t>(k)];
     for (const auto& [r, count] : plan.recounts()) {
-      counts.emplace_back(static_cast<int32_t>(records) + r, count);
+      counts.append(py::make_tuple(records + r, count));
     }
     rows += own;
     records += plan.record_count();

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled CUDA back end: a step is launches alone, and never waits for the device.
 
-The compiled plan (csrc/cuda/module.cpp) re-reads every pointer at every step and asks for its
+The compiled plan (csrc/cuda/bindings.cpp) re-reads every pointer at every step and asks for its
 tables to be sent where one moved. Multiplier, skip, step counts and hypers are made on the device.
 """
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module of the CUDA passes: refreshes a plan as the CPU's does, sends what moved, and
+// What pyupdate._cuda offers to Python: refreshes a plan as the CPU's does, sends what moved, and
 // launches. Nothing here waits for the device. Memory on the device belongs to Python.
+#include "../bindings.h"
+
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -9,13 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "../plan_object.h"
 #include "runtime.h"
 #include "sent.h"
-
-#ifndef PYUPDATE_MODULE_NAME
-#define PYUPDATE_MODULE_NAME _cuda
-#endif
 
 namespace pyupdate::cuda {
 namespace {
@@ -220,21 +217,10 @@ std::map<std::string, std::string> digests() {
   return found;
 }
 
-py::dict build_info() {
-  py::dict info;
-#ifdef PYUPDATE_COMPILER
-  info["compiler"] = PYUPDATE_COMPILER;
-#endif
-#ifdef PYUPDATE_FLAGS
-  info["flags"] = PYUPDATE_FLAGS;
-#endif
-  return info;
-}
-
 }  // namespace
 }  // namespace pyupdate::cuda
 
-PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
+PYBIND11_MODULE(pyupdate_module, m) {
   using namespace pyupdate;
   using cuda::DevicePlan;
   using cuda::Joint;
@@ -275,5 +261,5 @@ PYBIND11_MODULE(PYUPDATE_MODULE_NAME, m) {
 
   m.def("why_no_device", &cuda::why_no_device);
   m.def("digests", &cuda::digests);
-  m.def("build_info", &cuda::build_info);
+  m.def("build_info", &build_info);
 }
