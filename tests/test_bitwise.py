@@ -86,12 +86,24 @@ def test_compiled_gives_the_bits_of_numpy_at_every_size(case, dtype, isas, threa
 
 @every_dtype
 @every_case
+def test_reference_gives_the_bits_of_numpy(case, dtype, threads):
+    torch.set_num_threads(threads[0])
+    with pyupdate.use_backend("reference"):
+        check_sizes(case, dtype, "reference", (1, 2, 1025, sum(SIZES) - 1028))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(d, marks=pytest.mark.slow if d is not torch.float32 else (), id=name_of(d))
+        for d in DTYPES
+    ],
+)
+@full_cases
 def test_reference_gives_the_bits_of_numpy_at_every_size(case, dtype, threads):
     torch.set_num_threads(threads[0])
-    # 25 ms a step of 75 tensors: every size for one row of each rule, all else in a few.
-    few = (1, 2, 1025, sum(SIZES) - 1028)
     with pyupdate.use_backend("reference"):
-        check_sizes(case, dtype, "reference", SIZES if case.full else few)
+        check_sizes(case, dtype, "reference")
 
 
 # ----- special values -----------------------------------------------------------------------------

@@ -8,11 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, oracle_steps
 from cases import FULL, Case
 from test_scaler import ADAMW, SCALE, assert_close, params_of, scaler_of, set_grads
 from torch import nn
-from ways import optimizer_of, snapshot, ways
+from ways import WAYS, optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.options import LastUpdate
@@ -27,10 +28,12 @@ def last(optimizer: torch.optim.Optimizer) -> LastUpdate:
     return found
 
 
-@cases
-@ways
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("max_norm", [0.0, 0.1, 50.0, 1e6, math.inf], ids=str)
+@parametrize_by_pairs(
+    case=FULL,
+    way=WAYS,
+    scaled={"plain": False, "scaled": True},
+    max_norm=[0.0, 0.1, 50.0, 1e6, math.inf],
+)
 def test_the_clip_is_torchs(case: Case, way, scaled, max_norm, backend):
     params, truth = params_of(), params_of()
     optimizer, other = optimizer_of(way, case, params, max_norm=max_norm), case.truth(truth)

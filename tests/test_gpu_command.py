@@ -170,7 +170,7 @@ def test_a_build_that_fails_or_hangs_is_in_the_json(command, monkeypatch, tmp_pa
     assert why in result["build"]["last"]
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["cuda", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_back_end_that_cannot_run_fails_though_its_tests_are_skipped(
     command, emulated, capsys, name
 ):
@@ -246,6 +246,7 @@ def test_where_ours_fails_the_command_fails(command, emulated, monkeypatch):
     assert result["models"]["few"]["failed"] == {"pyupdate cuda": "RuntimeError: no kernel image"}
 
 
+@pytest.mark.slow
 def test_too_little_memory_leaves_one_contestant_out(command, emulated, monkeypatch):
     made = torch.optim.AdamW.step
 
@@ -359,6 +360,7 @@ def test_bars_are_as_long_as_the_times():
     assert all(float(each.attrib["y"]) < height for each in svg.iter(f"{SVG}text"))
 
 
+@pytest.mark.slow
 def test_without_sanitizers_the_tests_run_and_they_are_listed(command, emulated, monkeypatch):
     monkeypatch.setattr(gpu, "compute_sanitizer", lambda environment: None)
     assert not set(gpu.TOOLS) & set(gpu.steps())

@@ -13,10 +13,11 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, oracle_steps, random_values
 from cases import FULL, Case, name_of
 from torch import nn
-from ways import Held, held, optimizer_of, ways
+from ways import WAYS, Held, held, optimizer_of, ways
 
 import pyupdate
 
@@ -143,14 +144,17 @@ def roles_in(dtype: torch.dtype) -> list[Roles]:
     return found
 
 
-@cases
-@pytest.mark.parametrize(
-    ("dtype", "state_dtype"),
-    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)],
-    ids=["float32", "bfloat16", "bfloat16-float32"],
+@parametrize_by_pairs(
+    case=FULL,
+    dtypes={
+        "float32": (torch.float32, None),
+        "bfloat16": (torch.bfloat16, None),
+        "bfloat16-float32": (torch.bfloat16, torch.float32),
+    },
+    way=WAYS,
 )
-@ways
-def test_every_role_in_every_layout(case: Case, dtype, state_dtype, way, backend):
+def test_every_role_in_every_layout(case: Case, dtypes, way, backend):
+    dtype, state_dtype = dtypes
     everything = roles_in(dtype)
     params = [roles.parameter for roles in everything]
     optimizer = optimizer_of(way, case, params, state_dtype=state_dtype)

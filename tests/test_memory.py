@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, oracle_steps, random_values
 from cases import DTYPES, FULL, Case, name_of
 from torch import nn
@@ -29,9 +30,11 @@ MOMENTUM = next(case for case in FULL if case.name == "sgd_momentum")
 # ----- guards -------------------------------------------------------------------------------------
 
 
-@cases
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("offset", [0, 1, 24], ids="at{}".format)
+@parametrize_by_pairs(
+    case=FULL,
+    dtype={name_of(dtype): dtype for dtype in DTYPES},
+    offset={f"at{offset}": offset for offset in (0, 1, 24)},
+)
 def test_nothing_is_written_beside_any_buffer(case: Case, dtype, offset, compiled):
     with pyupdate.use_backend("cpu"):
         _step_between_guards(case, dtype, offset)

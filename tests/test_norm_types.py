@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, compute_type, oracle_steps, random_values
 from cases import DTYPES, FULL, Case, name_of
 from test_clip import last
 from test_reduction import SIZES
 from test_scaler import ADAMW, MOMENTUM, SCALE, assert_close, params_of, scaler_of, set_grads
 from torch import nn
-from ways import optimizer_of, snapshot, ways
+from ways import WAYS, optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.kernels import oracle
@@ -84,10 +85,12 @@ def test_one_bad_element_anywhere_is_the_norm(dtype, bad, backend):
 # ----- the clip -----------------------------------------------------------------------------------
 
 
-@cases
-@ways
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("max_norm", [0.0, 0.1, 50.0, math.inf], ids=str)
+@parametrize_by_pairs(
+    case=FULL,
+    way=WAYS,
+    scaled={"plain": False, "scaled": True},
+    max_norm=[0.0, 0.1, 50.0, math.inf],
+)
 def test_the_clip_by_the_inf_norm_is_torchs(case: Case, way, scaled, max_norm, backend):
     params, truth = params_of(), params_of()
     options = {"max_norm": max_norm, "norm_type": math.inf}

@@ -19,7 +19,6 @@ from pyupdate.kernels.scalar import integer_power
 from pyupdate.pytorch.step import ROWS
 
 every_case = pytest.mark.parametrize("case", CASES + OTHERS, ids=str)
-full_cases = pytest.mark.parametrize("case", FULL + FULL_OTHERS, ids=str)
 full_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 
 
@@ -243,8 +242,17 @@ def test_within_rounding_of_fp64_and_of_torch(case, dtype, backend, scalars_of):
     check_against_truths(case, dtype, size=10_000, steps=20)
 
 
+def slow_but_for(*names: str) -> list[Any]:
+    """The full cases, of which these rules' are in `make test` too."""
+    return [
+        pytest.param(case, marks=() if case.name in names else pytest.mark.slow, id=str(case))
+        for case in (*FULL, *FULL_OTHERS)
+    ]
+
+
+# What ten thousand show, a hundred times.
 @full_precision
-@full_cases
+@pytest.mark.parametrize("case", slow_but_for("adamw", "nadam"))
 def test_a_million_elements_within_rounding_of_fp64_and_of_torch(case, dtype, compiled, scalars_of):
     check_against_truths(case, dtype, size=1_000_000, steps=20)
 

@@ -73,8 +73,18 @@ def descent(param, grad, lr):
     return param
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", TEXTS)
+QUICK = ("sgd", "adamw", "novograd")
+
+
+# The self-test, which is tested too, has XLA compile every rule.
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        pytest.param(name, jit, marks=pytest.mark.slow if jit and name not in QUICK else ())
+        for name in TEXTS
+        for jit in (False, True)
+    ],
+)
 def test_steps_are_the_oracles_up_to_contraction(name: str, compiled: bool) -> None:
     rule, numbers = RULES[name], numbers_of(name)
     optimizer = keras_optim.from_rule(name, **numbers)

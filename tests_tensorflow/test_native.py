@@ -46,7 +46,15 @@ def scaled(inner: Any) -> Any:
     return keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0, dynamic_growth_steps=2)
 
 
-MANY = [3] * native.MANY
+# The number is lower in these tests, for each variable is traced; test_complete.py has them all.
+MANY = [3] * 9
+
+
+@pytest.fixture(autouse=True)
+def nine_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MANY", len(MANY))
+
+
 PATHS: dict[str, tuple[Callable[[], Any], list[int], dict[str, Any], str]] = {
     "large": (Adam, LARGE, {}, KERNELS),
     "of micro-batches": (Adam, LARGE, {"accumulation_steps": 2}, KERNELS),
@@ -194,7 +202,7 @@ def test_many_scaled_clipped_and_skipped_by_hand(way: str) -> None:
     for turn, bad in enumerate((None, None, math.inf, None, math.nan, None)):
         grads = drawn(turn + 2, MANY)
         if bad is not None:
-            grads[50][1] = bad
+            grads[5][1] = bad
         state = [v.numpy() for v in inner.variables]
         before = weights(model)
         step(tf.constant(np.stack(grads)))

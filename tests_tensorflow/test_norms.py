@@ -38,9 +38,19 @@ def optimizer_of(clip: str, scale: float, **given: Any) -> Any:
     return keras.optimizers.LossScaleOptimizer(inner, initial_scale=scale, **given)
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("way", ["eager", "function", "jit"])
+# Each of two occurs with each; the slow ones are the rest.
+WITH_EACH = [
+    (way, scale, clip, (i + j + k) % 3)
+    for i, way in enumerate(["eager", "function", "jit"])
+    for j, scale in enumerate(SCALES)
+    for k, clip in enumerate(CLIPS)
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "scale", "clip"),
+    [pytest.param(*case, marks=pytest.mark.slow if rest else ()) for *case, rest in WITH_EACH],
+)
 def test_a_clip_of_scaled_gradients_is_that_of_unscaled_ones(
     way: str, scale: str, clip: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,14 @@ def same(one: Any, other: Any) -> bool:
     return np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-@pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("scales", [False, True])
-@pytest.mark.parametrize("bad_micro", [0, 1])
+# Each of two occurs with each; the slow ones are the rest.
+@pytest.mark.parametrize(
+    ("bad_micro", "scales", "graph"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if sum(case) % 2 else ())
+        for case in product((0, 1), (False, True), (False, True))
+    ],
+)
 def test_averages_of_steps_on_means_of_micro_batches(
     strategy: Any, bad_micro: int, scales: bool, graph: bool
 ) -> None:
