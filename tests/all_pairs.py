@@ -1,54 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of many choices at once: what `make test` leaves to `make slow`.
 
-Most faults show where two choices meet (all-pairs testing): so each two values that can meet do so
-in `make test`, and every combination of them in `make slow`.
+Most faults show where two choices meet. So of a test that is marked `all_pairs`, each two values of
+its parameters that can meet do so in `make test`, and every combination of them in `make slow`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import combinations, product
-from typing import Any
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
 
 import pytest
 
-Pairs = set[tuple[tuple[int, int], tuple[int, int]]]
+Combination = tuple[int, ...]
+"""A value of each parameter, by a number that is its own."""
 
 
-def parametrize_by_pairs(**choices: Mapping[str, Any] | Iterable[Any]) -> pytest.MarkDecorator:
-    """Every combination of these values; those that add no pair to the others are slow.
-
-    Args:
-        choices: the values of each argument, or ids -> values.
-    """
-    named = [
-        dict(values) if isinstance(values, Mapping) else {str(value): value for value in values}
-        for values in choices.values()
-    ]
-    sizes = [range(len(values)) for values in named]
-    kept = covering([*product(*sizes)])
-    cases = []
-    for at in product(*sizes):
-        ids, values = zip(
-            *([*each.items()][k] for each, k in zip(named, at, strict=True)), strict=True
-        )
-        marks = () if at in kept else pytest.mark.slow
-        cases.append(pytest.param(*values, id="-".join(ids), marks=marks))
-    return pytest.mark.parametrize(tuple(choices), cases)
+def leave_what_repeats_pairs(items: Sequence[pytest.Item]) -> None:
+    """Mark as slow what adds no pair of values to the other items of its test."""
+    tests = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("all_pairs"):
+            # Every item has the very objects of the lists that the test is parametrized by.
+            values = tuple(map(id, item.callspec.params.values()))
+            tests[item.parent, item.originalname].append((values, item))
+    for cases in tests.values():
+        kept = covering([combination for combination, _ in cases])
+        for combination, item in cases:
+            if combination not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
-def pairs_of(combination: tuple[int, ...]) -> Pairs:
-    """(argument, value) twice."""
-    return set(combinations(enumerate(combination), 2))
-
-
-def covering(every: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
+def covering(every: Sequence[Combination]) -> set[Combination]:
     """Some of the combinations that have all pairs: each time one with the most that are new."""
-    missing: Pairs = set().union(*map(pairs_of, every))
+    pairs = {one: set(combinations(enumerate(one), 2)) for one in every}
+    missing = set().union(*pairs.values())
     kept = set()
     while missing:
-        best = max(every, key=lambda combination: len(pairs_of(combination) & missing))
+        best = max(pairs, key=lambda one: len(pairs[one] & missing))
         kept.add(best)
-        missing -= pairs_of(best)
+        missing -= pairs.pop(best)
     return kept

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from all_pairs import leave_what_repeats_pairs
 from compiling import Build, build_toys, device_module
 
 import pyupdate
@@ -27,12 +28,16 @@ ISAS = ("v2", "v3", "v4") if platform.machine() in ("x86_64", "AMD64") else ("pl
 """The builds of csrc/cpu/passes.cpp."""
 
 
-@pytest.hookimpl(trylast=True)  # after -k and -m have chosen
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
     """Leave what other processes run: PYUPDATE_TEST_PART=1/3 is every third test, from the second.
 
     `make gpu` has no pytest-xdist.
     """
+    leave_what_repeats_pairs(items)
+    yield  # -k and -m choose
     part = os.environ.get("PYUPDATE_TEST_PART")
     if part is None:
         return

@@ -224,6 +224,7 @@ def scheduled(
     return optimizer
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 @pytest.mark.parametrize("case", [ADAMW, MOMENTUM], ids=str)
 @pytest.mark.parametrize("when", ["before", "after", "in mid-training", "ours"])

@@ -69,6 +69,7 @@ def torchs(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"foreach": False}
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_is_torchs_within_the_accuracy_of_a_mean(options, dtype, backend, sweeps):

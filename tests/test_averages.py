@@ -83,6 +83,7 @@ def test_to_the_bit_on_every_instruction_set(case: Case, dtype, isas, threads, c
         check(f"{isa}, {n} threads")
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_beside_torchs_loop_and_a_plain_lerp(case: Case, way, backend):

@@ -266,6 +266,7 @@ def params_and_groups(case: Case) -> tuple[list[nn.Parameter], list[dict]]:
     return params, [{"params": params[:3]}, {"params": params[3:], "lr": 0.5 * case.options["lr"]}]
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

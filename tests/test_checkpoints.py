@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("wide_scalars")
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -52,6 +53,7 @@ def test_a_pickle_without_options_loads(way, backend):
     assert made.state
 
 
+@pytest.mark.all_pairs
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("flags", [{"foreach": False}, {"fused": True}], ids=["plain", "fused"])
@@ -138,6 +140,7 @@ def test_old_checkpoints(case: Case, backend):
 # ----- flags switched in mid-training -------------------------------------------------------------
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_flags_of_torchs_implementations_make_no_difference(case: Case, way, backend):

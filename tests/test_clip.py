@@ -8,12 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, oracle_steps
 from cases import FULL, Case
 from test_scaler import ADAMW, SCALE, assert_close, params_of, scaler_of, set_grads
 from torch import nn
-from ways import WAYS, optimizer_of, snapshot, ways
+from ways import optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.options import LastUpdate
@@ -28,12 +27,11 @@ def last(optimizer: torch.optim.Optimizer) -> LastUpdate:
     return found
 
 
-@parametrize_by_pairs(
-    case=FULL,
-    way=WAYS,
-    scaled={"plain": False, "scaled": True},
-    max_norm=[0.0, 0.1, 50.0, 1e6, math.inf],
-)
+@pytest.mark.all_pairs
+@cases
+@ways
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 50.0, 1e6, math.inf], ids=str)
 def test_the_clip_is_torchs(case: Case, way, scaled, max_norm, backend):
     params, truth = params_of(), params_of()
     optimizer, other = optimizer_of(way, case, params, max_norm=max_norm), case.truth(truth)
@@ -57,6 +55,7 @@ def test_the_clip_is_torchs(case: Case, way, scaled, max_norm, backend):
         assert_close(params, truth, optimizer, other, f"step {turn}")
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_torchs_own_sequence_steps_alike(case: Case, way, backend):
@@ -77,6 +76,7 @@ def test_torchs_own_sequence_steps_alike(case: Case, way, backend):
         assert_close(params, truth, optimizer, other, f"step {turn}")
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_the_one_multiplier_to_the_bit(case: Case, way, backend):
@@ -96,6 +96,7 @@ def test_the_one_multiplier_to_the_bit(case: Case, way, backend):
     assert_same_bits(param, truth, backend)
 
 
+@pytest.mark.all_pairs
 @ways
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf], ids=str)

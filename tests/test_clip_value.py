@@ -9,13 +9,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, oracle_steps, random_values
 from cases import DTYPES, FULL, Case, name_of
 from test_clip import last
 from test_scaler import ADAMW, MOMENTUM, SCALE, assert_close, params_of, scaler_of, set_grads
 from torch import nn
-from ways import WAYS, optimizer_of
+from ways import optimizer_of, ways
 
 import pyupdate
 from pyupdate.kernels.rules import clipped
@@ -33,13 +32,12 @@ def test_the_text_is_torchs_clamp(bound):
         assert [str(clipped(value, bound)) for value in values] == list(map(str, values))
 
 
-@parametrize_by_pairs(
-    case=FULL,
-    way=WAYS,
-    scaled={"plain": False, "scaled": True},
-    max_norm={"value": None, "norm and value": 3.0},
-    clip_value=[0.0, 0.05, 1e6],
-)
+@pytest.mark.all_pairs
+@cases
+@ways
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("max_norm", [None, 3.0], ids=["value", "norm and value"])
+@pytest.mark.parametrize("clip_value", [0.0, 0.05, 1e6], ids=str)
 def test_the_clip_is_torchs(case: Case, way, scaled, max_norm, clip_value, backend):
     params, truth = params_of(), params_of()
     options = {"max_norm": max_norm, "clip_value": clip_value}

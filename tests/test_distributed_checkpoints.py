@@ -194,6 +194,7 @@ AT = [
 ]
 
 
+@pytest.mark.all_pairs
 @kinds
 @flattened
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])

@@ -51,6 +51,7 @@ def assert_alike(ours: Side, truth: Side, when: str) -> None:
             torch.testing.assert_close(state[key], value, **close, msg=lambda m, s=text: s + m)
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("edit", list(EDITS))
@@ -93,6 +94,7 @@ GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("kind", list(GRADIENTS))

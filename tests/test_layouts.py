@@ -13,11 +13,10 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, oracle_steps, random_values
 from cases import FULL, Case, name_of
 from torch import nn
-from ways import WAYS, Held, held, optimizer_of, ways
+from ways import Held, held, optimizer_of, ways
 
 import pyupdate
 
@@ -144,17 +143,15 @@ def roles_in(dtype: torch.dtype) -> list[Roles]:
     return found
 
 
-@parametrize_by_pairs(
-    case=FULL,
-    dtypes={
-        "float32": (torch.float32, None),
-        "bfloat16": (torch.bfloat16, None),
-        "bfloat16-float32": (torch.bfloat16, torch.float32),
-    },
-    way=WAYS,
+@pytest.mark.all_pairs
+@cases
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)],
+    ids=["float32", "bfloat16", "bfloat16-float32"],
 )
-def test_every_role_in_every_layout(case: Case, dtypes, way, backend):
-    dtype, state_dtype = dtypes
+@ways
+def test_every_role_in_every_layout(case: Case, dtype, state_dtype, way, backend):
     everything = roles_in(dtype)
     params = [roles.parameter for roles in everything]
     optimizer = optimizer_of(way, case, params, state_dtype=state_dtype)
@@ -215,6 +212,7 @@ def last_norm(optimizer: torch.optim.Optimizer) -> float:
 # ----- gradients that autograd and users make -----------------------------------------------------
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("shape", [(1,), (7,), (5, 6), (70, 300)], ids=str)
@@ -287,6 +285,7 @@ def interleaved(dtype: torch.dtype, n: int) -> dict[str, list[torch.Tensor]]:
     }
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("kind", ["even-odd", "columns", "triangle-rows"])
@@ -315,6 +314,7 @@ def test_interleaved_views_of_one_storage(case: Case, way, kind, backend):
         assert_same_bits(param.detach().reshape(-1), truth, f"{backend} {kind} {i}")
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_a_parameter_its_gradient_and_its_state_in_one_storage(case: Case, way, backend):

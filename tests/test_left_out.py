@@ -43,6 +43,7 @@ def _truth(make, steps):
     return param
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("made", MAKERS)
 @pytest.mark.parametrize("kind", FROZEN)
 @pytest.mark.parametrize("first", [True, False])

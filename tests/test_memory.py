@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, oracle_steps, random_values
 from cases import DTYPES, FULL, Case, name_of
 from torch import nn
@@ -30,11 +29,10 @@ MOMENTUM = next(case for case in FULL if case.name == "sgd_momentum")
 # ----- guards -------------------------------------------------------------------------------------
 
 
-@parametrize_by_pairs(
-    case=FULL,
-    dtype={name_of(dtype): dtype for dtype in DTYPES},
-    offset={f"at{offset}": offset for offset in (0, 1, 24)},
-)
+@pytest.mark.all_pairs
+@cases
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("offset", [0, 1, 24], ids="at{}".format)
 def test_nothing_is_written_beside_any_buffer(case: Case, dtype, offset, compiled):
     with pyupdate.use_backend("cpu"):
         _step_between_guards(case, dtype, offset)
@@ -116,6 +114,7 @@ def _three(case: Case, way: str, **more) -> tuple[list[nn.Parameter], torch.opti
     return params, optimizer
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_everything_written_is_known_to_autograd(case: Case, way, backend):
@@ -135,6 +134,7 @@ def test_everything_written_is_known_to_autograd(case: Case, way, backend):
             assert params[1]._version == untouched
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("steps_before", [0, 2])
@@ -150,6 +150,7 @@ def test_what_is_skipped_is_not_bumped(case: Case, way, steps_before, backend):
     assert snapshot(optimizer) == before  # version counters among it
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_a_graph_that_needs_old_values_is_refused_by_autograd(case: Case, way, backend):

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from all_pairs import parametrize_by_pairs
 from bits import array_of, assert_same_bits, compute_type, oracle_steps, random_values
 from cases import DTYPES, FULL, Case, name_of
 from test_clip import last
 from test_reduction import SIZES
 from test_scaler import ADAMW, MOMENTUM, SCALE, assert_close, params_of, scaler_of, set_grads
 from torch import nn
-from ways import WAYS, optimizer_of, snapshot, ways
+from ways import optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.kernels import oracle
@@ -85,12 +84,11 @@ def test_one_bad_element_anywhere_is_the_norm(dtype, bad, backend):
 # ----- the clip -----------------------------------------------------------------------------------
 
 
-@parametrize_by_pairs(
-    case=FULL,
-    way=WAYS,
-    scaled={"plain": False, "scaled": True},
-    max_norm=[0.0, 0.1, 50.0, math.inf],
-)
+@pytest.mark.all_pairs
+@cases
+@ways
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 50.0, math.inf], ids=str)
 def test_the_clip_by_the_inf_norm_is_torchs(case: Case, way, scaled, max_norm, backend):
     params, truth = params_of(), params_of()
     options = {"max_norm": max_norm, "norm_type": math.inf}
@@ -149,6 +147,7 @@ def test_finite_gradients_cannot_overflow_the_inf_norm(backend):
 # ----- error_if_nonfinite -------------------------------------------------------------------------
 
 
+@pytest.mark.all_pairs
 @ways
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=str)
@@ -202,6 +201,7 @@ def test_update_model_puts_everything_back(backend):
 # ----- skip_nonfinite -----------------------------------------------------------------------------
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("max_norm", [None, 0.5], ids=["plain", "max_norm"])

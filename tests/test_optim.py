@@ -166,6 +166,7 @@ def test_flags_make_no_difference(case: Case, flag, backend):
 # ----- steps --------------------------------------------------------------------------------------
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("case", CASES, ids=str)
 @ways
 def test_the_state_is_torchs(case: Case, way, backend):
@@ -200,6 +201,7 @@ def test_step_counters_follow_the_default_dtype(backend):
     assert_alike(optimizer, truth)
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_groups_of_different_numbers_and_a_late_one(case: Case, way, backend):
@@ -244,6 +246,7 @@ def test_groups_of_different_numbers_and_a_late_one(case: Case, way, backend):
     assert_alike(ours, truth)
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_late_gradients_have_their_own_step(case: Case, way, backend):
@@ -278,6 +281,7 @@ def test_no_gradient_makes_no_state(way, backend):
     assert list(optimizer.state) == [params[1]]
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 def test_dtypes_mixed_in_one_model(case: Case, way, backend):

@@ -26,6 +26,7 @@ ADAMW = next(case for case in FULL if case.name == "adamw")
 MOMENTUM = next(case for case in FULL if case.name == "sgd_momentum")
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("max_norm", [None, 1.0], ids=["plain", "max_norm"])
 @ways
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=str)
@@ -297,6 +298,7 @@ def test_what_is_no_number_is_refused_before_a_byte_changes(
     assert all(torch.equal(params[0], param) for param in params)
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("wrong", [3, [], [1.0], torch.ones(2, 2)], ids=repr)
 @pytest.mark.parametrize(

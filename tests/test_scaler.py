@@ -105,6 +105,7 @@ def assert_close(ours, truth, optimizer, other, what: str) -> None:
 # ----- steps and skips ----------------------------------------------------------------------------
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @calls
@@ -147,6 +148,7 @@ def test_gradients_keep_their_scale(way, backend):
         assert_same_bits(param.grad, grad, "gradient")
 
 
+@pytest.mark.all_pairs
 @cases
 @ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -174,6 +176,7 @@ def test_unscaling_is_one_rounding_of_the_gradient(case: Case, way, dtype, backe
 POSITIONS = (0, 1, 7, 8, 15, 16, 255, 2047, 2048, 16_383, 16_384, 32_767, 32_768, 40_000)
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [ADAMW, MOMENTUM], ids=str)

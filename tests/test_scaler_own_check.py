@@ -127,6 +127,7 @@ def iterate(model: nn.Module, scaler: Any, way: str, seed: int, factor: float) -
             model.current_optimizer.zero_grad()
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS[:3])
 @pytest.mark.parametrize("make", SCALERS)

@@ -50,6 +50,7 @@ def states_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 STATED = [case for case in FULL if case.rule.state]
 
 
+@pytest.mark.all_pairs
 @halves
 @pytest.mark.parametrize("case", STATED, ids=str)
 @pytest.mark.parametrize("saved", [None, FP32], ids=str)
