@@ -38,7 +38,13 @@ from ways import plan_of
 # ----- rules --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES)
+# A rule of each kind: with and without state, of one turn, of sums, of scalars, of another start.
+QUICK = ("sgd", "adamw", "nadam", "asgd", "lion", "adafactor", "lamb", "schedulefree_adamw")
+
+
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in RULES]
+)
 def test_a_rule_has_the_bits_of_the_cpu(rule, compiled):
     # Another storage in turn; all of them are crossed with all rules below.
     others = (torch.bfloat16, torch.float64, torch.float16)
@@ -59,7 +65,9 @@ def test_halves_with_state_in_float32(rule, dtype, compiled):
 
 
 @pytest.mark.parametrize("capability", OTHER_CAPABILITIES)
-@pytest.mark.parametrize("rule", ["adamw", "sgd_momentum", "lamb"])
+@pytest.mark.parametrize(
+    "rule", ["adamw", pytest.param("sgd_momentum", marks=pytest.mark.slow), "lamb"]
+)
 def test_other_architectures(rule, capability, compiled):
     norm = {"max_norm": 1.0} if rule == "adamw" else {}
     check(rule, [torch.bfloat16], capability=capability, sizes=(70, 16_385), **norm)
