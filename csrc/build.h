@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What module.cpp knows, of which nothing else depends when it is compiled.
+// What module.cpp alone is compiled with, for the bindings.
 #pragma once
 #include <Python.h>
 
