@@ -236,6 +236,7 @@ def test_flashoptim_takes_part_where_it_is_installed(command, emulated, monkeypa
     assert "pyupdate cuda" in found["milliseconds"]
 
 
+@pytest.mark.slow
 def test_where_ours_fails_the_command_fails(command, emulated, monkeypatch):
     def refused(name):
         raise RuntimeError("no kernel image")
