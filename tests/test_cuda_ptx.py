@@ -132,11 +132,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-# `make test` plants one of them: test_cuda_faults.py has all, in the sources.
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(what, marks=pytest.mark.slow if k else ()) for k, what in enumerate(PLANTED)],
-)
+@pytest.mark.slow  # test_cuda_faults.py has them too, in the sources
+@pytest.mark.parametrize("what", PLANTED)
 def test_a_fault_planted_in_the_reduce_pass(
     program: cuda_ptx.Program, folder: Path, what: str
 ) -> None:
