@@ -2,7 +2,7 @@
 """Tests of many choices at once: what `make test` leaves to `make slow`.
 
 Most faults show where two choices meet. So of a test that is marked `all_pairs`, each two values of
-its parameters that can meet do so in `make test`, and every combination of them in `make slow`.
+its parameters that can meet do so in `make test`, and the other combinations are in `make slow`.
 """
 
 from __future__ import annotations
