@@ -26,7 +26,7 @@ from torch import nn
 
 import pyupdate
 from pyupdate.backends import compiled
-from pyupdate.pytorch import step
+from pyupdate.pytorch import engines
 from pyupdate.pytorch.request import Scaling, request_of
 from pyupdate.pytorch.rows import GroupRule, Row
 
@@ -162,9 +162,9 @@ def planned(optimizer: torch.optim.Optimizer, *, scaled: bool = False) -> Count:
         optimizer: one whose rules say all that it does; its parameters need no memory.
         scaled: whether the step is made with an enabled scaler.
     """
-    kind = step.row_of(optimizer)
+    kind = engines.row_of(optimizer)
     assert kind is not None
-    options = step.options_of(optimizer)
+    options = engines.options_of(optimizer)
     rules = [GroupRule(kind.rule(group), kind.counts_steps) for group in optimizer.param_groups]
     rows = [
         Row(param, g, position, f"group {g}, parameter {position}")

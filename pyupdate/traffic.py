@@ -43,10 +43,10 @@ def bytes_per_parameter(
     optimizer: Any = model_or_optimizer
     if frameworks.is_torch_module(optimizer):
         optimizer = getattr(optimizer, "current_optimizer", None)
-    from .pytorch import state, step
+    from .pytorch import engines, state
     from .pytorch.request import Scaling, request_of
 
-    row = step.row_of(optimizer) if hasattr(optimizer, "param_groups") else None
+    row = engines.row_of(optimizer) if hasattr(optimizer, "param_groups") else None
     elements = (
         sum(p.numel() for group in optimizer.param_groups for p in group["params"]) if row else 0
     )
@@ -57,7 +57,7 @@ def bytes_per_parameter(
             f"{frameworks.type_name(model_or_optimizer)}"
         )
         raise ValueError(message)
-    options = step.options_of(optimizer)
+    options = engines.options_of(optimizer)
     request = request_of(options, Scaling(check=scaled))
     total = 0
     for group in optimizer.param_groups:

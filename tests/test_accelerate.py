@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 from ways import WAYS, optimizer_of, plan_of, ways
 
 import pyupdate
-from pyupdate.pytorch.step import has_rule, last_step
+from pyupdate.pytorch.engines import has_rule, last_step
 
 pytestmark = pytest.mark.usefixtures("wide_scalars")
 cases = pytest.mark.parametrize("case", FULL, ids=str)

@@ -21,7 +21,7 @@ from ways import optimizer_of, ways
 import pyupdate
 from pyupdate.kernels.rules import multiplier
 from pyupdate.pytorch.accumulation import POSITION
-from pyupdate.pytorch.step import engine_of, last_step
+from pyupdate.pytorch.engines import engine_of, last_step
 
 K = 3
 cases = pytest.mark.parametrize("case", [ADAMW, MOMENTUM], ids=str)

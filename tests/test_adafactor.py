@@ -17,7 +17,7 @@ from torch import nn
 import pyupdate
 from pyupdate.kernels import composite
 from pyupdate.optim import Adafactor, adafactor_packs, adafactor_stacks
-from pyupdate.pytorch.step import engine_of, last_step
+from pyupdate.pytorch.engines import engine_of, last_step
 
 SHAPES = ((), (1,), (7,), (8, 3), (33, 2), (2, 3, 4), (1025,), (8, 3), (7,), (), (1, 1))
 OPTIONS: list[dict[str, Any]] = [

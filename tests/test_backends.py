@@ -24,7 +24,7 @@ from pyupdate import backends
 from pyupdate.backends import cpu
 from pyupdate.kernels.language import Rule
 from pyupdate.kernels.rules import RULES
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 ADAMW = next(case for case in FULL if case.name == "adamw")
 cases = pytest.mark.parametrize("case", FULL, ids=str)
@@ -79,7 +79,7 @@ class Kept(logging.Handler):
 logging.getLogger().addHandler(Kept())
 {before}
 import torch, pyupdate
-from pyupdate.pytorch.step import engine_of
+from pyupdate.pytorch.engines import engine_of
 answers = []
 for name in sys.argv[1:]:
     os.environ["PYUPDATE_BACKEND"] = name

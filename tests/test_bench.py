@@ -16,7 +16,7 @@ from pyupdate.bench import command, contestants, timing, truth
 from pyupdate.bench.contestants import KINDS, OURS, SCALE, Contestant, Workload, of_torch
 from pyupdate.bench.measure import measure
 from pyupdate.bench.truth import STEPS, WrongError, check, error_of_corrections
-from pyupdate.pytorch import step as engine
+from pyupdate.pytorch import engines
 
 SMALL = Workload("small", ((200, 100), (33,), (), (5, 5)))  # whose gradient is clipped
 RULES = ("SGD", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "LAMB", "LARS", "Lion")
@@ -152,7 +152,7 @@ def test_wrong_bias_corrections_are_not(wrong: dict[str, float]) -> None:
 def test_what_fp32_costs_a_bias_correction() -> None:
     """The bound holds for a product and a power, and is within six times of the worse."""
     like = pyupdate.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
-    rule = engine.row_of(like).rule(like.param_groups[0])
+    rule = engines.row_of(like).rule(like.param_groups[0])
     for beta2 in (0.9, 0.99, 0.999, 0.9999):
         named = {"beta1": 0.9, "beta2": beta2}
         for t in range(1, STEPS + 1):

@@ -25,7 +25,7 @@ import pyupdate
 from pyupdate.kernels import oracle
 from pyupdate.kernels.reduction import halving_tree
 from pyupdate.kernels.rules import multiplier
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 STEPS = 20
 

@@ -14,7 +14,7 @@ from training import assert_same, loss_of, network, plain_step
 
 import pyupdate
 from pyupdate import build, update_model
-from pyupdate.pytorch import step
+from pyupdate.pytorch import engines
 
 STOCK = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -192,13 +192,13 @@ def test_models_that_share_an_optimizer_are_named_once_each(monkeypatch):
     models = [nn.Linear(2, 2), nn.Linear(2, 2)]
     shared = pyupdate.optim.SGD([param for model in models for param in model.parameters()])
     calls = []
-    set_names = step.set_names
+    set_names = engines.set_names
 
     def count(*given):
         calls.append(given)
         set_names(*given)
 
-    monkeypatch.setattr(step, "set_names", count)
+    monkeypatch.setattr(engines, "set_names", count)
     for model in models:
         model.current_optimizer = shared
     for _ in range(3):

@@ -16,7 +16,7 @@ from ways import optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.options import LastUpdate
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 

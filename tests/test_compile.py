@@ -27,7 +27,7 @@ from pyupdate import native
 from pyupdate.backends import cpu as cpu_backend
 from pyupdate.kernels import oracle
 from pyupdate.optim import from_rule
-from pyupdate.pytorch.step import engine_of
+from pyupdate.pytorch.engines import engine_of
 
 RULES = """\
 import pyupdate

@@ -22,7 +22,7 @@ from pyupdate import backends, build_info, info, selftest
 from pyupdate.backends import cpu as cpu_backend
 from pyupdate.kernels import oracle
 from pyupdate.kernels.rules import RULES
-from pyupdate.pytorch import step as engine
+from pyupdate.pytorch import engines
 
 PACKAGE = Path(pyupdate.__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -86,7 +86,7 @@ def test_the_back_end_in_force_is_the_one_that_steps(backend: str) -> None:
     param.grad = torch.ones(3)
     optimizer = pyupdate.optim.AdamW([param])
     optimizer.step()
-    (plan,) = engine.engine_of(optimizer).plans.values()
+    (plan,) = engines.engine_of(optimizer).plans.values()
     found = info.report()
     assert found["problems"] == {}
     assert found["choice"] == backend

@@ -11,7 +11,7 @@ import ctypes, mmap, torch
 from pyupdate import optim
 from pyupdate.backends import triton_watch
 from pyupdate.backends.compiled import plan_of
-from pyupdate.pytorch import step
+from pyupdate.pytorch import engines, step
 from pyupdate.pytorch.rows import rows_of
 
 far = []
@@ -31,7 +31,7 @@ for inner in optimizer.state.values():
     for key in inner:
         inner[key] = moved(inner[key])
 
-rules, inputs = step._read(optimizer, step.engine_of(optimizer))
+rules, inputs = step._read(optimizer, engines.engine_of(optimizer))
 watch = plan_of(
     triton_watch._module().Watch,
     rows_of(inputs.groups, None, {})[0],

@@ -18,7 +18,7 @@ from torch import nn
 
 import pyupdate
 from pyupdate import build, update_model
-from pyupdate.pytorch.step import engine_of
+from pyupdate.pytorch.engines import engine_of
 
 # ----- results ------------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ import pyupdate
 from pyupdate.kernels import oracle
 from pyupdate.kernels.language import Rule
 from pyupdate.kernels.rules import RULES
+from pyupdate.pytorch.engines import ROWS
 from pyupdate.pytorch.rows import numbers_of
-from pyupdate.pytorch.step import ROWS
 
 STEPS = 5
 SIZES = (0, 1, 2, 31, 2_047, 2_049, 16_384, 16_385, 100_003)

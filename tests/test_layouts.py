@@ -202,7 +202,7 @@ def test_the_norm_is_summed_in_the_order_of_the_parameters_memory(case: Case, dt
 
 
 def last_norm(optimizer: torch.optim.Optimizer) -> float:
-    from pyupdate.pytorch.step import last_step
+    from pyupdate.pytorch.engines import last_step
 
     last = last_step(optimizer)
     assert last is not None and last.norm is not None

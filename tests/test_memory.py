@@ -19,7 +19,7 @@ from torch import nn
 from ways import Held, held, optimizer_of, plan_of, snapshot, ways
 
 import pyupdate
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 ADAMW = next(case for case in FULL if case.name == "adamw")
@@ -215,7 +215,7 @@ def test_the_size_of_a_plan_counts_its_tables(compiled):
 _BIG_STEP = """
 import sys
 import torch, pyupdate
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 def peak():
     for line in open("/proc/self/status"):

@@ -16,7 +16,7 @@ from torch import nn
 import pyupdate
 from pyupdate.kernels import composite
 from pyupdate.optim import Muon, split_for_muon
-from pyupdate.pytorch.step import engine_of, last_step
+from pyupdate.pytorch.engines import engine_of, last_step
 
 SHAPES = ((8, 8), (24, 8), (8, 24), (24, 8), (1, 5), (7, 1), (33, 40), (8, 8), (0, 4))
 OPTIONS: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from ways import bits, optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.options import Options
-from pyupdate.pytorch.step import options_of
+from pyupdate.pytorch.engines import options_of
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(Options)}
 

@@ -16,7 +16,7 @@ from cases import CASES, FULL, FULL_OTHERS, HANDS, OTHERS, Case, Hand, name_of
 from pyupdate.kernels import oracle
 from pyupdate.kernels.rules import RULES
 from pyupdate.kernels.scalar import integer_power
-from pyupdate.pytorch.step import ROWS
+from pyupdate.pytorch.engines import ROWS
 
 every_case = pytest.mark.parametrize("case", CASES + OTHERS, ids=str)
 full_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)

@@ -39,8 +39,8 @@ from pyupdate.language import (
     sign,
 )
 from pyupdate.optim import from_rule
+from pyupdate.pytorch.engines import engine_of
 from pyupdate.pytorch.rows import numbers_of
-from pyupdate.pytorch.step import engine_of
 
 # ----- numbers ------------------------------------------------------------------------------------
 

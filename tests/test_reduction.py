@@ -19,7 +19,7 @@ import pyupdate
 from pyupdate.kernels import oracle
 from pyupdate.kernels.reduction import CHUNK, LANES, halving_tree, sum_of_row
 from pyupdate.kernels.rules import multiplier
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 

@@ -18,7 +18,7 @@ from compiling import ROOT
 import pyupdate
 from pyupdate import optim
 from pyupdate.backends import cpu, reference
-from pyupdate.pytorch.step import engine_of
+from pyupdate.pytorch.engines import engine_of
 
 # ----- a failure in the write ---------------------------------------------------------------------
 

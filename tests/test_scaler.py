@@ -20,7 +20,7 @@ from torch import nn
 from ways import optimizer_of, snapshot, ways
 
 import pyupdate
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 cases = pytest.mark.parametrize("case", FULL, ids=str)
 ADAMW = next(case for case in FULL if case.name == "adamw")

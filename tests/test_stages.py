@@ -19,8 +19,9 @@ from pyupdate.backends import cpu as cpu_backend
 from pyupdate.kernels import oracle
 from pyupdate.kernels.language import Rule
 from pyupdate.options import Options
+from pyupdate.pytorch.engines import ROWS, engine_of, last_step
 from pyupdate.pytorch.rows import OptimizerRow
-from pyupdate.pytorch.step import ROWS, engine_of, last_step, step
+from pyupdate.pytorch.step import step
 
 NUMBERS = {"lr": 0.125, "momentum": 0.75}
 STEPS = 4

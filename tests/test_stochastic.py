@@ -29,7 +29,7 @@ from ways import optimizer_of, snapshot, ways
 
 import pyupdate
 from pyupdate.kernels import oracle
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 SEED = 11
 SIZES = (0, 1, 7, 33, 1025, 2_048, 2_049, 16_385, 50_001)

@@ -22,7 +22,7 @@ from torch import nn
 import pyupdate
 from pyupdate.optim import CLASSES
 from pyupdate.options import PARAMETERS
-from pyupdate.pytorch.step import ROWS
+from pyupdate.pytorch.engines import ROWS
 
 TURNS = 8  # of each optimizer
 STEPS = 4

@@ -12,8 +12,8 @@ from torch import nn
 import pyupdate
 from pyupdate.kernels.language import rule
 from pyupdate.kernels.rules import RULES
+from pyupdate.pytorch.engines import ROWS
 from pyupdate.pytorch.rows import OptimizerRow
-from pyupdate.pytorch.step import ROWS
 
 FULL = {"max_norm": 1.0, "ema_decay": 0.999, "clip_value": 1.0, "skip_nonfinite": True}
 

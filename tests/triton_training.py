@@ -15,7 +15,7 @@ from cases import FULL, FULL_OTHERS
 from device.triton_backend import triton_backend
 
 import pyupdate
-from pyupdate.pytorch.step import last_step
+from pyupdate.pytorch.engines import last_step
 
 SIZES = (0, 1, 5, 70, 1025, 16_383, 16_384, 16_385)
 RULES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -34,7 +34,7 @@ def optimizer_of(way: str, case: Case, params: Any, **more: Any) -> torch.optim.
 
 def plan_of(optimizer: torch.optim.Optimizer) -> Any:
     """The only plan of an optimizer that has made a step."""
-    from pyupdate.pytorch.step import engine_of
+    from pyupdate.pytorch.engines import engine_of
 
     (plan,) = engine_of(optimizer).plans.values()
     return plan

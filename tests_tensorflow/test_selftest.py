@@ -56,7 +56,7 @@ def test_it_fails_where_the_passes_take_another_number(monkeypatch: pytest.Monke
 
 
 def test_it_fails_where_xla_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyupdate.tensorflow.plan.Plan._can_compile", lambda plan: plan._say("no"))
+    monkeypatch.setattr("pyupdate.tensorflow.traced.why_uncompiled", lambda variables: "no")
     result = selftest.tried("sgd_momentum")
     assert result.passed is False
     assert result.reason == "stepped by TensorFlow without XLA: no"

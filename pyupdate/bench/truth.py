@@ -18,7 +18,7 @@ import torch
 from ..kernels import oracle
 from ..kernels.language import Rule
 from ..kernels.rules import multiplier as multiplier_rule
-from ..pytorch import step as engine
+from ..pytorch import engines
 from ..pytorch.rows import numbers_of
 from .contestants import CLIPPED, DECAY, MAX_NORM, SCALE, Contestant
 
@@ -59,7 +59,7 @@ def check(contestant: Contestant, like: Any, *, corrections: torch.dtype = torch
     Raises:
         WrongError: further than it may be.
     """
-    row = engine.row_of(like)
+    row = engines.row_of(like)
     assert row is not None
     group = like.param_groups[0]
     rule, numbers = row.rule(group), numbers_of(row.rule(group), group)[1:]

@@ -22,9 +22,8 @@ from torch import Tensor
 from ..kernels import rules
 from ..kernels.language import Rule
 from ..options import LastUpdate
-from ..pytorch import checks, sharded
+from ..pytorch import checks, engines, sharded
 from ..pytorch import state as states
-from ..pytorch import step as engine
 from ..pytorch.rows import NO_NUMBER, Group, Row, has_state, mend_gradient, number_of, require
 from . import adafactor_packs, adafactor_passes, adafactor_stacks
 from .adafactor_packs import Pack
@@ -139,7 +138,7 @@ def _check(optimizer: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.param in optimizer.state:
             checks.check_entry(optimizer.state[row.param], row.name)
-    kept = engine.engine_of(optimizer)
+    kept = engines.engine_of(optimizer)
     known = kept.known
     found = _Found(optimizer.state, rows)
     if known is not None and known.holds_for(found):
@@ -195,8 +194,8 @@ def _check_anew(optimizer: Any, rows: Sequence[Row]) -> None:
 @torch.no_grad()
 def _finish(optimizer: Any, rows: Sequence[Row], last: LastUpdate) -> None:
     """Move what has a gradient, pack by pack and stack by stack."""
-    options = engine.options_of(optimizer)
-    known: _Known = engine.engine_of(optimizer).known
+    options = engines.options_of(optimizer)
+    known: _Known = engines.engine_of(optimizer).known
     every = known.swept
     if known.found is None:
         for row in rows:

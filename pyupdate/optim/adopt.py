@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 
 from ..forks import one_thread_in_forked_child
 from ..options import options_from, shows_options
-from ..pytorch import accumulation, state
-from ..pytorch import step as engine
+from ..pytorch import accumulation, engines, state
 from .planned import DROP_INS, Planned
 
 _O = TypeVar("_O", bound=Optimizer)
@@ -46,7 +45,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
     checked = options_from(options, "accelerate")
     if not isinstance(optimizer, Planned):
         drop_in = DROP_INS.get(type(optimizer))
-        if drop_in is None or not engine.is_as_made(optimizer):
+        if drop_in is None or not engines.is_as_made(optimizer):
             names = ", ".join(f"torch.optim.{kind.__name__}" for kind in DROP_INS)
             found = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             why = ""
@@ -55,7 +54,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
                 why = " with differentiable=True" if differentiable else " whose step was replaced"
             message = f"cannot accelerate {found}{why}; accepted are {names} as torch made them"
             raise TypeError(message)
-    engine.check_options(type(optimizer), checked)
+    engines.check_options(type(optimizer), checked)
     accumulation.check_new_length(optimizer, checked.accumulation_steps)
     with one_thread_in_forked_child():
         wide = state.converted(optimizer, checked.state_dtype)
@@ -69,7 +68,7 @@ def accelerate(optimizer: _O, **options: Any) -> _O:
     optimizer.__dict__["pyupdate_options"] = checked
     accumulation.keep_counts(optimizer)
     accumulation.close_without_gradients(optimizer)
-    engine.engine_of(optimizer).plans.clear()
+    engines.engine_of(optimizer).plans.clear()
     return optimizer
 
 

@@ -29,7 +29,7 @@ from ..kernels.bind import bind
 from ..kernels.composite import muon_direction, muon_move
 from ..kernels.language import Rule
 from ..options import LastUpdate
-from ..pytorch import step as engine
+from ..pytorch import engines
 from ..pytorch.rows import Group, Row, number_of, require_numbers, require_read
 from ..pytorch.state import HALVES
 from .planned import Planned, planned
@@ -93,7 +93,7 @@ def _check_iteration(group: Group, index: int) -> None:
 @torch.no_grad()
 def _finish(optimizer: Any, rows: Sequence[Row], last: LastUpdate) -> None:
     """Orthogonalise and move what has a gradient, stack by stack."""
-    options = engine.options_of(optimizer)
+    options = engines.options_of(optimizer)
     stacks: dict[Any, list[Row]] = {}
     for row in rows:
         param = row.param
@@ -122,7 +122,7 @@ def _key(optimizer: Any, row: Row, seed: int) -> int:
 
     Like the counts of rules whose steps torch does not count: from 1 where the buffer is another.
     """
-    known = engine.engine_of(optimizer)
+    known = engines.engine_of(optimizer)
     if known.known is None:
         known.known = {}
     buffer = optimizer.state[row.param]["momentum_buffer"]

@@ -14,7 +14,7 @@ import torch
 from ..kernels.language import Rule
 from ..kernels.own import RESERVED, OwnRule
 from ..options import PARAMETERS
-from ..pytorch import step as engine
+from ..pytorch import engines
 from ..pytorch.rows import OptimizerRow
 from .planned import Planned
 
@@ -130,7 +130,7 @@ def from_rule(rule: Rule) -> type[RuleOptimizer]:
     made = _MadeOfRules(rule.name, (RuleOptimizer,), body)
     assert issubclass(made, RuleOptimizer)
     made.__signature__ = _signature(rule)  # type: ignore[attr-defined]
-    engine.ROWS[made] = OptimizerRow(lambda _: rule, counts_steps=True)
+    engines.ROWS[made] = OptimizerRow(lambda _: rule, counts_steps=True)
     _made[id(rule)] = made  # it holds the rule, whose id stays taken
     return made
 

@@ -16,8 +16,7 @@ from ..eagerly import eagerly
 from ..forks import one_thread_in_forked_child
 from ..kernels.language import Rule
 from ..options import PARAMETERS, LastUpdate, Options
-from ..pytorch import accumulation, state
-from ..pytorch import step as engine
+from ..pytorch import accumulation, engines, state, step
 from ..pytorch.hooks import hooked
 from ..pytorch.rows import Group, OptimizerRow, Row, rule_of
 
@@ -67,10 +66,10 @@ def planned(
     row = OptimizerRow(rule, counts_steps, finish, check, lacks)
 
     def declare(cls: _P) -> _P:
-        engine.ROWS[cls] = row
+        engines.ROWS[cls] = row
         stock = cls.__mro__[2]  # behind Planned
         if stock is not Optimizer:
-            engine.ROWS[stock] = row
+            engines.ROWS[stock] = row
             DROP_INS[stock] = cls
         return cls
 
@@ -86,10 +85,10 @@ class Planned(Optimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         self.pyupdate_options = Options(**given)
-        engine.check_options(type(self), self.pyupdate_options)
+        engines.check_options(type(self), self.pyupdate_options)
         with one_thread_in_forked_child():  # Adagrad's constructor makes state
             super().__init__(*args, **kwargs)
-            if engine.is_differentiable(self):
+            if engines.is_differentiable(self):
                 self._check_differentiable()
             wanted = self.pyupdate_options.state_dtype
             for inner, key, value in state.converted(self, wanted):
@@ -132,7 +131,7 @@ class Planned(Optimizer):
             TypeError, ValueError: something is refused; nothing was written.
             RuntimeError: a second step before ``scaler.update()``.
         """
-        known = engine.engine_of(self)
+        known = engines.engine_of(self)
         if known.handed is not None:
             grad_scaler, known.handed = known.handed, None
         window = None if known.whole else accumulation.window_of(self)
@@ -141,7 +140,7 @@ class Planned(Optimizer):
                 window.position, window = 0, None
         elif closure is _NOT_GIVEN:
             closure = None
-        if window is not None and not engine.is_differentiable(self):
+        if window is not None and not engines.is_differentiable(self):
             return accumulation.micro_step(self, window, Planned._whole_step, closure, grad_scaler)
         given: dict[str, Any] = {} if grad_scaler is None else {"grad_scaler": grad_scaler}
         return self._whole_step(*(() if closure is None else (closure,)), **given)
@@ -157,9 +156,9 @@ class Planned(Optimizer):
         grad_scaler: GradScaler | None = None,
     ) -> Any:
         """A step that is made, not only counted: the hooks and schedulers see these."""
-        if engine.is_differentiable(self):
+        if engines.is_differentiable(self):
             return self._differentiable_step(closure, grad_scaler)
-        return engine.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
+        return step.step.__wrapped__(self, closure, grad_scaler=grad_scaler)  # type: ignore[attr-defined]
 
     @eagerly
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -184,7 +183,7 @@ class Planned(Optimizer):
             state_dict: what ``state_dict()`` returned.
         """
         before = accumulation.counts_of(self)
-        wanted = engine.options_of(self).state_dtype
+        wanted = engines.options_of(self).state_dtype
         kept = state.kept_on_load(self, wanted, lambda index: _scalars_of(self, index))
         with one_thread_in_forked_child(), kept:
             super().load_state_dict(state_dict)
@@ -206,7 +205,7 @@ class Planned(Optimizer):
 
     def _check_differentiable(self) -> None:
         """Refuse options, of which torch's own step knows nothing."""
-        asked_for = engine.options_of(self).asked_for
+        asked_for = engines.options_of(self).asked_for
         if asked_for:
             message = (
                 f"{', '.join(asked_for)} cannot be had with differentiable=True, which runs "
@@ -225,7 +224,7 @@ class Planned(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        return kept | {"pyupdate_options": engine.options_of(self)}
+        return kept | {"pyupdate_options": engines.options_of(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -235,7 +234,7 @@ class Planned(Optimizer):
 
 def _scalars_of(optimizer: Planned, index: int) -> Collection[str]:
     """The state keys of the scalars that each parameter of a group has."""
-    row, name = engine.row_of(optimizer), type(optimizer).__name__
+    row, name = engines.row_of(optimizer), type(optimizer).__name__
     if row is None:
         return ()
     try:
@@ -267,7 +266,7 @@ def _taking_a_scaler(own_step: Callable[..., Any]) -> Callable[..., Any]:
     def step(self: Planned, *args: Any, grad_scaler: Any = None, **kwargs: Any) -> Any:
         if grad_scaler is None:
             return own_step(self, *args, **kwargs)
-        known = engine.engine_of(self)
+        known = engines.engine_of(self)
         known.handed = grad_scaler
         try:
             done = own_step(self, *args, **kwargs)

@@ -11,8 +11,8 @@ from ..eagerly import eagerly
 from ..kernels import rules
 from ..kernels.language import Rule
 from ..pytorch import checks
+from ..pytorch.engines import check_not_swapped, engine_of
 from ..pytorch.rows import NO_NUMBER, Group, name_of, number_of, require
-from ..pytorch.step import check_not_swapped, engine_of
 from . import arguments
 from .planned import Planned, planned
 

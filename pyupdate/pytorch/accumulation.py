@@ -16,7 +16,7 @@ import torch
 
 from pyupdate import amp
 
-from . import step
+from . import engines
 from .counted import Changes, Counted, Gradients
 from .rows import name_of
 
@@ -32,7 +32,7 @@ class Window:
     def __init__(self, optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:
         self._optimizer = optimizer
         self._groups = groups
-        self.length = step.options_of(optimizer).accumulation_steps
+        self.length = engines.options_of(optimizer).accumulation_steps
 
     @property
     def position(self) -> int:
@@ -55,7 +55,7 @@ class Window:
         Raises:
             ValueError: the gradients of the window are of different scales.
         """
-        engine = step.engine_of(self._optimizer)
+        engine = engines.engine_of(self._optimizer)
         now = None if scaler is None else scaler.get_scale()
         if self.position == 0 or engine.window_scale is ...:
             engine.window_scale = now
@@ -80,7 +80,7 @@ class Window:
             scaler: that of the gradients.
             found: the gradients, where they were just read.
         """
-        step.check_not_swapped(step.engine_of(self._optimizer))
+        engines.check_not_swapped(engines.engine_of(self._optimizer))
         amp.count(scaler, self._optimizer)
         self.note(found)
 
@@ -90,7 +90,7 @@ class Window:
         Args:
             found: the gradients, where they were just read.
         """
-        engine = step.engine_of(self._optimizer)
+        engine = engines.engine_of(self._optimizer)
         listed = {id(group) for group in self._optimizer.param_groups}
         before = engine.counted
         engine.counted = {key: counted for key, counted in before.items() if key in listed}
@@ -142,7 +142,7 @@ class Window:
 
     def _compared(self) -> tuple[list[Gradients], Changes]:
         """What the gradients are now, and what became of those that were counted."""
-        counted = step.engine_of(self._optimizer).counted
+        counted = engines.engine_of(self._optimizer).counted
         found = self._gradients()
         changes = Changes()
         for group, grads in zip(self._groups, found, strict=True):
@@ -152,12 +152,12 @@ class Window:
 
     def is_open(self) -> bool:
         """Whether micro-batches were counted that are known to be in the gradients still."""
-        counted = step.engine_of(self._optimizer).counted
+        counted = engines.engine_of(self._optimizer).counted
         known = all(id(group) in counted for group in self._groups)
         return known and self.position > 0 and not self._compared()[1].replaced
 
     def _name(self, param: torch.Tensor) -> str:
-        names = step.engine_of(self._optimizer).names
+        names = engines.engine_of(self._optimizer).names
         return next(
             f"'{name_of(group, g, p, names)}'"
             for g, group in enumerate(self._optimizer.param_groups)
@@ -174,7 +174,7 @@ class Window:
         Args:
             count: how many they are, with one that `position` has not counted yet.
         """
-        engine = step.engine_of(self._optimizer)
+        engine = engines.engine_of(self._optimizer)
         engine.micro_batches = max(1, self.position if count is None else count)
         before = engine.last
         try:
@@ -199,7 +199,7 @@ def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> W
     Raises:
         ValueError: a group holds trainable parameters beside them, which would count along.
     """
-    if step.options_of(optimizer).accumulation_steps == 1 or not step.has_rule(optimizer):
+    if engines.options_of(optimizer).accumulation_steps == 1 or not engines.has_rule(optimizer):
         return None
     groups = optimizer.param_groups
     if params is None:
@@ -219,7 +219,7 @@ def window_of(optimizer: Any, params: Sequence[torch.Tensor] | None = None) -> W
 
 def counts_of(optimizer: Any) -> list[tuple[int, Counted | None]]:
     """Of each group: how many micro-batches it has counted, and the gradients that they are in."""
-    counted = step.engine_of(optimizer).counted
+    counted = engines.engine_of(optimizer).counted
     return [(group.get(POSITION, 0), counted.get(id(group))) for group in optimizer.param_groups]
 
 
@@ -233,7 +233,7 @@ def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -
         optimizer: which has loaded.
         before: its `counts_of` before.
     """
-    engine = step.engine_of(optimizer)
+    engine = engines.engine_of(optimizer)
     goes_on = False
     for group, (position, own) in zip(optimizer.param_groups, before, strict=True):
         if all(param.grad is None for param in group["params"]):
@@ -253,7 +253,7 @@ def check_loaded(optimizer: Any, before: Sequence[tuple[int, Counted | None]]) -
 
 def keep_counts(optimizer: Any) -> None:
     """Let each group have a count, where the optimizer has windows, and else none."""
-    windows = step.options_of(optimizer).accumulation_steps > 1
+    windows = engines.options_of(optimizer).accumulation_steps > 1
     for group in optimizer.param_groups:
         if windows:
             group.setdefault(POSITION, 0)
@@ -274,7 +274,7 @@ def check_new_length(optimizer: Any, length: int) -> None:
     Raises:
         ValueError: a window is open.
     """
-    before = step.options_of(optimizer).accumulation_steps
+    before = engines.options_of(optimizer).accumulation_steps
     count = _count_of_open(optimizer)
     if count and length != before:
         message = (
@@ -303,7 +303,7 @@ def check_new_group(optimizer: Any) -> None:
     """
     count = _count_of_open(optimizer)
     if count:
-        length = step.options_of(optimizer).accumulation_steps
+        length = engines.options_of(optimizer).accumulation_steps
         message = (
             f"a parameter group was added in an open window, when {count} of "
             f"accumulation_steps={length} micro-batches were counted: its gradients would be "
@@ -333,7 +333,7 @@ def micro_step(
     optimizer: Any, window: Window, whole: Callable[..., Any], closure: Any, scaler: Any
 ) -> Any:
     """``optimizer.step()`` of a user's own loop: count it, or make the step of a full window."""
-    engine = step.engine_of(optimizer)
+    engine = engines.engine_of(optimizer)
     enabled = scaler if amp.is_enabled(scaler) else None
     window.check_scale(enabled)
     found: list[Gradients] | None = window.check_kept(gives_up=True)

@@ -18,7 +18,7 @@ from pyupdate import amp
 from pyupdate.options import LastUpdate
 
 from ..remembered import Remembered
-from . import accumulation, step
+from . import accumulation, engines, step
 
 Scaler = torch.amp.GradScaler
 
@@ -142,13 +142,13 @@ def name_parameters(model: nn.Module, optimizer: Any) -> None:
 
     An optimizer may serve several models; the names of all of them are kept.
     """
-    if not step.has_rule(optimizer):
+    if not engines.has_rule(optimizer):
         return
     of = {id(param): name for name, param in model.named_parameters()}
     alive = [names for names in _named.get(optimizer) or () if names.model() not in (None, model)]
     alive.append(_Names(weakref.ref(model), of))
     _named[optimizer] = alive
-    step.set_names(optimizer, {key: name for names in alive for key, name in names.of.items()})
+    engines.set_names(optimizer, {key: name for names in alive for key, name in names.of.items()})
 
 
 def ensure_named(model: nn.Module, optimizer: Any, params: Sequence[Tensor]) -> None:
@@ -183,14 +183,14 @@ def apply(
         restore: whether `.grad` must be as it was after a step that raised. Only where torch's own
             unscaling would write into it this costs a copy.
     """
-    if step.has_rule(optimizer):
+    if engines.has_rule(optimizer):
         ensure_named(model, optimizer, params)
         window = accumulation.window_of(optimizer, params)
         with (
             _unscaled_by_own(optimizer, params, scaler, restore=restore),
             nullcontext() if window is None else window.mean(),
         ):
-            if step.has_own_step(optimizer):
+            if engines.has_own_step(optimizer):
                 _step_by_own(optimizer, params, scaler)
             else:
                 step.step(optimizer, grad_scaler=scaler, only=params)
@@ -205,7 +205,7 @@ def apply(
 
 def _step_by_own(optimizer: Any, params: Sequence[Tensor], scaler: Scaler | None) -> None:
     """The step of a user's subclass of ours, which calls ours."""
-    engine = step.engine_of(optimizer)
+    engine = engines.engine_of(optimizer)
     given = {} if scaler is None else {"grad_scaler": scaler}
     engine.whole = True
     try:
@@ -217,7 +217,7 @@ def _step_by_own(optimizer: Any, params: Sequence[Tensor], scaler: Scaler | None
 
 def last_update(optimizer: Any) -> LastUpdate | None:
     """What the last step of an optimizer left; a device is waited for when a value is asked for."""
-    last = step.last_step(optimizer)
+    last = engines.last_step(optimizer)
     plain = _plain.get(optimizer)
     if last is not None or plain is None:
         return last
@@ -266,7 +266,7 @@ def _unscaled_by_own(
         return
     amp.check_can_step(scaler, optimizer)
     grads = [param.grad for param in params]
-    states, before = scaler._per_optimizer_states, step.last_step(optimizer)
+    states, before = scaler._per_optimizer_states, engines.last_step(optimizer)
     state = dict(states[id(optimizer)])
     try:
         for param, grad in zip(params, grads, strict=True) if restore else ():
@@ -275,7 +275,7 @@ def _unscaled_by_own(
             amp.unscale_by_own(scaler, optimizer)
         yield
     except BaseException:
-        if step.last_step(optimizer) is before:  # else a hook has raised behind the step
+        if engines.last_step(optimizer) is before:  # else a hook has raised behind the step
             states[id(optimizer)] = state
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad

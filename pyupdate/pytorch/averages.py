@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..forks import one_thread_in_forked_child
-from . import apply, step
+from . import apply, engines
 from .rows import AVERAGE
 
 
@@ -24,7 +24,7 @@ from .rows import AVERAGE
 def swapped_in(target: Any) -> Iterator[None]:
     """Do what `pyupdate.averaged_weights` says."""
     optimizer, params = _members(target)
-    engine = step.engine_of(optimizer)
+    engine = engines.engine_of(optimizer)
     if engine.swapped:
         message = (
             "averaged_weights is in force already for this optimizer: the averages are in the "
@@ -64,7 +64,7 @@ def _members(target: Any) -> tuple[Any, Sequence[torch.Tensor]]:
         )
         raise ValueError(message)
     has_averages = any(_average_of(optimizer, param) is not None for param in held)
-    if not has_averages and step.options_of(optimizer).ema_decay is None:
+    if not has_averages and engines.options_of(optimizer).ema_decay is None:
         message = (
             f"the {type(optimizer).__name__} keeps no averages: make it, or build or accelerate "
             "it, with ema_decay=0.999"

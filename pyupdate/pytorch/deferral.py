@@ -19,7 +19,7 @@ from pyupdate.names import name_of
 
 from ..eagerly import eagerly
 from ..remembered import Remembered
-from . import accumulation, apply, gradients, step
+from . import accumulation, apply, engines, gradients, step
 
 Deferred = MutableMapping[str, list[Callable[[], None]]]
 
@@ -60,11 +60,11 @@ class DeferredUpdate(Waiting):
         """
         due = _due(self.model)
         if due is not None:
-            last = step.last_step(due.optimizer) if step.has_rule(due.optimizer) else ...
+            last = engines.last_step(due.optimizer) if engines.has_rule(due.optimizer) else ...
             try:
                 apply.apply(due.model, due.optimizer, due.params, due.scaler, restore=True)
             except BaseException:
-                if last is not ... and step.last_step(due.optimizer) is not last:
+                if last is not ... and engines.last_step(due.optimizer) is not last:
                     due.settle()  # a hook has raised behind the step
                 raise
             due.settle()

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..remembered import Remembered
-from . import apply, gradients, reentrant, step
+from . import apply, engines, gradients, reentrant, step
 
 # A bucket costs a plan's step, some 50 us on the CPU: that long takes AdamW for the fewest elements
 # of a bucket. Between the two, a bucket is this part of the model.
@@ -88,20 +88,20 @@ def check_optimizer(name: str, optimizer: Any) -> None:
     Raises:
         TypeError, ValueError: says why, and the mend.
     """
-    if not step.has_rule(optimizer):
+    if not engines.has_rule(optimizer):
         message = (
             "in_backward=True needs an optimizer of pyupdate.optim, or one that "
             f"pyupdate.accelerate takes, but the one of '{name}' is a {type(optimizer).__name__}"
         )
         raise TypeError(message)
-    if step.has_own_step(optimizer):
+    if engines.has_own_step(optimizer):
         message = (
             f"in_backward=True steps piece by piece, which the step of {type(optimizer).__name__} "
             f"(the optimizer of '{name}') would not see: use the class of pyupdate.optim below it, "
             "or leave in_backward out"
         )
         raise TypeError(message)
-    options = step.options_of(optimizer)
+    options = engines.options_of(optimizer)
     for field in dataclasses.fields(options):
         is_set, does = _WITHOUT.get(field.name, (None, ""))
         value = getattr(options, field.name)
@@ -165,8 +165,8 @@ def update(
         raise
     finally:
         # Plans of the buckets, and as many others as there would have been without.
-        engine = step.engine_of(optimizer)
-        engine.kept = max(engine.kept, step.PLANS_KEPT + len(layout.buckets))
+        engine = engines.engine_of(optimizer)
+        engine.kept = max(engine.kept, engines.PLANS_KEPT + len(layout.buckets))
 
 
 def _ids_held(optimizer: Any) -> frozenset[int]:

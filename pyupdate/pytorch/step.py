@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,144 +13,16 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .. import amp
-from ..options import LastUpdate, Options
+from ..options import LastUpdate
 from .checks import check_capturable
+from .engines import Engine, Locked, engine_of, has_own_step, has_rule, options_of, row_of
 from .hooks import has_hooks, hooked
 from .joining import JOINABLE, Joining, step_all
 from .plan import Plan
 from .request import NormNotFinite, Scaling
-from .rows import AVERAGE, GroupRule, Inputs, OptimizerRow, Row, Stale, given_by, rows_of, rule_of
+from .rows import AVERAGE, GroupRule, Inputs, Row, Stale, given_by, rows_of, rule_of
 
 Closure = Callable[[], Any]
-
-ROWS: dict[type[Optimizer], OptimizerRow] = {}
-"""Torch's optimizer classes that have rules; `pyupdate.optim` fills it."""
-
-PLANS_KEPT = 8
-"""Plans that are kept of one optimizer, each of a subset: one a model that shares it."""
-
-_ENGINE = "_pyupdate_engine"
-
-
-@dataclass
-class Engine:
-    """What is kept of one optimizer between steps."""
-
-    row: OptimizerRow | None = None
-    plans: dict[tuple[int, ...] | None, Plan] = field(default_factory=dict)
-    rules: dict[str, GroupRule] = field(default_factory=dict)
-    names: Mapping[int, str] = field(default_factory=dict)
-    last: LastUpdate | None = None
-    joins: tuple[Options, bool] | None = None  # whether these options let it join others
-    kept: int = PLANS_KEPT
-    micro_batches: int = 1
-    """Of how many the next step takes the mean."""
-    window_scale: Any = ...
-    """The scale of an open window's gradients, None without a scaler; ... where nobody knows."""
-    counted: dict[int, Any] = field(default_factory=dict)
-    """By the id of a group: the gradients of its last micro-batch (`counted.Counted`), if known."""
-    known: Any = None
-    """Of an optimizer with memory that no plan sees: what its `check` keeps, and its `finish`."""
-    handed: Any = None  # the scaler whose ``scaler.step`` runs, where its own step takes none
-    whole: bool = False  # whether ``optimizer.step()`` counts no micro-batch: somebody has
-    swapped: bool = False  # whether the parameters hold their averages: no step may be made
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-def engine_of(optimizer: Optimizer) -> Engine:
-    """The engine of an optimizer, made when first asked for."""
-    # In the object's own dict, so that a cycle model -> optimizer -> plan -> parameter -> hook ->
-    # model can be collected; torch leaves it out of copies and pickles.
-    engine = optimizer.__dict__.get(_ENGINE)
-    if engine is None:
-        engine = optimizer.__dict__[_ENGINE] = Engine()
-    assert isinstance(engine, Engine)
-    return engine
-
-
-def row_of(optimizer: Optimizer) -> OptimizerRow | None:
-    """How an optimizer's class maps to rules, None if it does not."""
-    from .. import optim  # noqa: F401 - fills ROWS
-
-    return _row_of_class(type(optimizer))
-
-
-def _row_of_class(kind: type) -> OptimizerRow | None:
-    return next((ROWS[base] for base in kind.__mro__ if base in ROWS), None)
-
-
-def has_rule(optimizer: object) -> bool:
-    """Whether `step` can step it: one of ours, or a stock one whose ``step`` nobody replaced."""
-    from ..optim.planned import Planned
-
-    if not isinstance(optimizer, Optimizer):
-        return False
-    if isinstance(optimizer, Planned):
-        return not is_differentiable(optimizer)
-    return type(optimizer) in ROWS and is_as_made(optimizer)
-
-
-def has_own_step(optimizer: Optimizer) -> bool:
-    """Whether it is of a user's subclass of ours, whose ``step`` may do more than ours."""
-    from ..optim.planned import Planned
-
-    return isinstance(optimizer, Planned) and type(optimizer).step is not Planned.step
-
-
-def is_as_made(optimizer: Optimizer) -> bool:
-    """Whether a stock optimizer's step is torch's own, and one that ours can stand in for."""
-    own = optimizer.__dict__.get("step")
-    stock = own is None or hasattr(own, "_wrapped_by_lr_sched")
-    return stock and not is_differentiable(optimizer)
-
-
-def is_differentiable(optimizer: Optimizer) -> bool:
-    """Whether a group asks for a step that can be differentiated: torch's own, ours cannot."""
-    return any(group.get("differentiable", False) for group in optimizer.param_groups)
-
-
-def set_names(optimizer: Optimizer, names: Mapping[int, str]) -> None:
-    """Let errors name the parameters as the model does.
-
-    Args:
-        optimizer: whose parameters.
-        names: ``id(parameter)`` -> qualified name.
-    """
-    engine = engine_of(optimizer)
-    engine.names = dict(names)
-    engine.plans.clear()
-
-
-def has_names(optimizer: Optimizer) -> bool:
-    """Whether `set_names` was called for it."""
-    return bool(engine_of(optimizer).names)
-
-
-def last_step(optimizer: Optimizer) -> LastUpdate | None:
-    """What the last planned step of an optimizer did, None before the first."""
-    return engine_of(optimizer).last
-
-
-def options_of(optimizer: Optimizer) -> Options:
-    """The options that its constructor, `accelerate` or `build` were given."""
-    options = optimizer.__dict__.get("pyupdate_options")
-    return options if isinstance(options, Options) else _PLAIN
-
-
-_PLAIN = Options()
-
-
-def check_options(kind: type[Optimizer], options: Options) -> None:
-    """Refuse an option that a class cannot have.
-
-    Raises:
-        ValueError: names both.
-    """
-    row = _row_of_class(kind)
-    for name in () if row is None else row.lacks:
-        if name in options.asked_for:
-            message = f"{kind.__name__} cannot be had with {name}: leave one of them out"
-            raise ValueError(message)
 
 
 def _planned_step(
@@ -170,7 +41,7 @@ def _planned_step(
     scaling = amp.scaling_of(grad_scaler, optimizer)
     if engine.micro_batches > 1:
         scaling = replace(scaling, divisor=float(engine.micro_batches))
-    with _Locked(engine):
+    with Locked(engine):
         rules, inputs = _read(optimizer, engine)
         try:
             engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)
@@ -206,7 +77,7 @@ def _planned_step_in_pieces(
 ) -> None:
     engine = engine_of(optimizer)
     scaling = amp.scaling_of(None, optimizer)
-    with _Locked(engine):
+    with Locked(engine):
         rules, inputs = _read(optimizer, engine)
 
         def piece(only: Collection[torch.Tensor]) -> None:
@@ -264,7 +135,7 @@ def step_together(
         try:
             for optimizer, only, scaler in steps:
                 engine = engine_of(optimizer)
-                locks.enter_context(_Locked(engine))
+                locks.enter_context(Locked(engine))
                 scaling = amp.scaling_of(scaler, optimizer)
                 rules, inputs = _read(optimizer, engine)
                 plan = _plan(engine, inputs, rules, tuple(map(id, only)))
@@ -284,36 +155,6 @@ def step_together(
         amp.tell(scaler, optimizer, last)
         _mark_stepped(optimizer)
     return True
-
-
-class _Locked:
-    """Inside, no other thread steps the optimizer; refused where one does."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        check_not_swapped(self._engine)
-        if not self._engine.lock.acquire(blocking=False):
-            message = "this optimizer is being stepped by another thread"
-            raise RuntimeError(message)
-
-    def __exit__(self, *raised: object) -> None:
-        self._engine.lock.release()
-
-
-def check_not_swapped(engine: Engine) -> None:
-    """Refuse a step of averages, which would be lost.
-
-    Raises:
-        RuntimeError: inside `pyupdate.averaged_weights`.
-    """
-    if engine.swapped:
-        message = (
-            "the averages are in the model (pyupdate.averaged_weights), and a step of them would "
-            "be lost: leave the block first"
-        )
-        raise RuntimeError(message)
 
 
 def _mark_stepped(optimizer: Optimizer) -> None:

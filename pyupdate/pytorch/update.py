@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyupdate import amp
 from pyupdate.names import check_deferred, name_of
 
-from . import accumulation, apply, deferral, gradients, in_backward, reentrant, sharded, step
+from . import accumulation, apply, deferral, engines, gradients, in_backward, reentrant, sharded
 
 
 def update(
@@ -26,8 +26,8 @@ def update(
     name = name_of(model)
     check_deferred(name, defer, deferred)
     optimizer = apply.optimizer_of(model, name)
-    if step.has_rule(optimizer):
-        step.check_not_swapped(step.engine_of(optimizer))
+    if engines.has_rule(optimizer):
+        engines.check_not_swapped(engines.engine_of(optimizer))
     else:
         apply.check_steps_alone(name, optimizer)
     scaler = _enabled(scaler)
@@ -82,13 +82,13 @@ def update(
                 window.count(scaler)
         waits = defer or (window is not None and not window.is_full)
         if not waits:
-            last = step.last_step(optimizer) if step.has_rule(optimizer) else ...
+            last = engines.last_step(optimizer) if engines.has_rule(optimizer) else ...
             # Else what is in .grad is new, and put_back() has what was there before.
             kept = any(aside.grads[index] is not None for index in unreached)
             apply.apply(model, optimizer, params, scaler, restore=kept)
     except BaseException:
         gradients.put_back(params, aside)
-        if last is not ... and step.last_step(optimizer) is not last:
+        if last is not ... and engines.last_step(optimizer) is not last:
             gradients.drop(params)  # a hook has raised behind the step, which has taken them
         if window is not None and window.position:  # 0: check_scale has given it up
             window.position = before

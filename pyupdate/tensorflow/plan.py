@@ -27,12 +27,10 @@ import tensorflow as tf
 
 from pyupdate.options import Options
 
-from . import loss_scale, measure, native, optimizers, order, passes, rates, told, xla
+from . import loss_scale, measure, native, optimizers, order, passes, rates, told, traced
 from .halves import Halves
 from .state import Kept
-
-REFUSALS = ("unsupported operations", "Trying to access resource", "XLA", "compile-time constant")
-"""What XLA says when it refuses, before anything was written."""
+from .traced import Traced
 
 
 class Plan:
@@ -75,12 +73,15 @@ class Plan:
         self.checks = options.skip_nonfinite or (scale is not None and scale.counter is not None)
         self.measures = self.checks or options.max_norm is not None or bool(self.clips.replaced)
         self.accumulates = options.accumulation_steps > 1
-        on_cpu = _on_cpu(variables)
+        on_cpu = traced.on_cpu(variables)
         self._traced: dict[str, Traced] = {}
         self._said: list[str] = []
         self._inner_refused = ""
         self._untraced = False
-        self.compiled = self._can_compile()
+        why_not = traced.why_uncompiled(variables)
+        if why_not:
+            self._say(why_not)
+        self.compiled = not why_not
         self._native: native.Kernels | None = None
         self._passes: passes.Passes | None = None
         plain = not halves.pairs and options.ema_decay is None
@@ -125,7 +126,7 @@ class Plan:
         try:
             return run()
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-            if not self.compiled or not any(text in str(error) for text in REFUSALS):
+            if not self.compiled or not any(text in str(error) for text in traced.REFUSALS):
                 raise
             self._give_up_xla(f"XLA refuses it ({str(error).strip().splitlines()[0][:200]})")
             return run()
@@ -159,12 +160,7 @@ class Plan:
         found = self._traced.get(name)
         if found is not None:
             return found
-        shapes = [variable.shape for variable in self.variables]
-        shapes += [given.shape for given in inputs[len(shapes) :]]
-        specs = [
-            tf.TensorSpec(shape, given.dtype) for shape, given in zip(shapes, inputs, strict=False)
-        ]
-        jits = self._jits
+        specs, jits = traced.specs_of(self.variables, inputs), self._jits
         found = self._made(lambda: Traced(text, specs, jit=jit and jits))
         if jits and (refused := self._refused(found)):
             self._give_up_xla(refused)
@@ -206,19 +202,6 @@ class Plan:
     def _by_passes(self) -> bool:
         """Whether what is traced now calls the compiled passes."""
         return self._passes is not None and self.compiled and not tf.executing_eagerly()
-
-    def _can_compile(self) -> bool:
-        if any(variable.dtype == tf.string for variable in self.variables):
-            self._say("a variable holds strings")
-            return False
-        if any(map(optimizers.is_mirrored, self.variables)):
-            self._say("its variables are on several replicas, and this is outside of strategy.run")
-            return False
-        devices = {variable.device for variable in self.variables}
-        if len(devices) > 1:
-            self._say(f"its variables are on several devices ({', '.join(sorted(devices))})")
-            return False
-        return True
 
     @property
     def path(self) -> str:
@@ -398,7 +381,7 @@ class Plan:
 
     def _apply_as_it_is(self, optimizer: Any, grads: list[Any]) -> None:
         given = optimizers.as_given(optimizer, self.clips.replaced)
-        ordered = order.kept(optimizer, self._jits and _on_cpu(self.variables))
+        ordered = order.kept(optimizer, self._jits and traced.on_cpu(self.variables))
         with given, self.halves.as_excluded(optimizer), ordered:
             optimizers.apply(optimizer, grads, self.targets)
         self.halves.narrow()
@@ -415,29 +398,3 @@ class Plan:
         optimizer = self._optimizer()
         assert optimizer is not None  # who calls us holds it
         return optimizer
-
-
-class Traced:
-    """A function, traced once for these inputs.
-
-    Attributes:
-        refused: why XLA does not take it; empty where it does, or is not to compile it.
-
-    With 300 variables the public call takes 14 ms and this 10: it packs no arguments.
-    """
-
-    def __init__(self, text: Callable[..., Any], specs: Sequence[Any], *, jit: bool) -> None:
-        made = tf.function(text, jit_compile=jit or None, autograph=False)
-        self._concrete = made.get_concrete_function(*specs)
-        self.captured = list(self._concrete.captured_inputs)
-        self.refused = xla.refused(made, list(specs), self._concrete) if jit else ""
-
-    def __call__(self, inputs: list[Any]) -> Any:
-        """Call it, or have it called where somebody traces."""
-        if tf.executing_eagerly():
-            return self._concrete._call_flat(inputs, self.captured)
-        return self._concrete(*inputs)
-
-
-def _on_cpu(variables: Sequence[Any]) -> bool:
-    return all("CPU" in variable.device for variable in variables)
