@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Iterator
@@ -44,6 +45,21 @@ def pytest_collection_modifyitems(
     here, count = (int(number) for number in part.split("/"))
     config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % count != here])
     items[:] = items[here::count]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what is there before the first test.
+
+    Beside 18,000 tests one `gc.collect()` takes 0.45 s, and many tests ask for several.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Have it collected at the end: a library of torch's reports what is left as leaked."""
+    gc.unfreeze()
 
 
 def _backends() -> list[Any]:

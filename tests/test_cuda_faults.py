@@ -30,7 +30,9 @@ from cuda_cases import (
 
 from pyupdate.kernels.rules import RULES
 
-TWO = {name: RULES[name] for name in ("sgd", "adamw", "lamb")}
+SOME = ("sgd", "adamw", "lamb")
+JOINING = ("lamb",)
+"""It has everything that joins threads and blocks."""
 
 
 def small(rule: str, sizes: tuple[int, ...]) -> tuple[list[Group], list[Parameter]]:
@@ -49,16 +51,18 @@ def build(
     file: str = "",
     old: str = "",
     new: str = "",
+    rules: tuple[str, ...] = JOINING,
     main: str = "cuda_steps.cpp",
 ) -> Program:
-    """A build of three rules in fp32, faulty where a text is to be replaced."""
+    """A build of some rules in fp32, faulty where a text is to be replaced."""
+    entries = {name: RULES[name] for name in rules}
     edits = {file: (old, new)} if file else None
-    return cuda_cases.build(folder, TWO, flags, edits=edits, storages=(FP32,), main=main)
+    return cuda_cases.build(folder, entries, flags, edits=edits, storages=(FP32,), main=main)
 
 
 def outcome(program: Program, sizes: tuple[int, ...] = (5, 70, 40_001)) -> tuple[int, str]:
-    """The exit status and stderr of a clipped step of LAMB, which has everything that joins."""
-    groups, rows = small("lamb", sizes)
+    """The exit status and stderr of a clipped step."""
+    groups, rows = small(*JOINING, sizes)
     asked = Asked(reduce=True, max_norm=0.5)
     done = run_steps(program, groups, rows, asked, order=3, check=False)
     assert isinstance(done, subprocess.CompletedProcess)
@@ -70,8 +74,8 @@ def outcome(program: Program, sizes: tuple[int, ...] = (5, 70, 40_001)) -> tuple
 
 @pytest.mark.parametrize("flags", [ADDRESS, THREAD], ids=["address", "thread"])
 def test_sanitizers_find_nothing_and_the_bits_are_the_oracles(tmp_path, flags):
-    program = build(tmp_path, flags)
-    for rule in TWO:
+    program = build(tmp_path, flags, rules=SOME)
+    for rule in SOME:
         for sizes in ((0, 1, 7, 70, 1_025, 40_001), (40_001, 5, 70)):
             groups, rows = small(rule, sizes)
             asked = Asked(reduce=True, max_norm=0.5, clip_value=1.0)
@@ -92,6 +96,7 @@ def test_one_element_too_far_is_seen_by_address_sanitizer(tmp_path):
     assert "heap-buffer-overflow" in said
 
 
+@pytest.mark.slow
 def test_a_shared_index_off_by_one_is_seen_by_undefined_behaviour_sanitizer(tmp_path):
     old = "tree[threadIdx.x] = x;"
     new = "tree[threadIdx.x + 1] = x;"
@@ -100,6 +105,7 @@ def test_a_shared_index_off_by_one_is_seen_by_undefined_behaviour_sanitizer(tmp_
     assert "index 256 out of bounds" in said
 
 
+@pytest.mark.slow  # a build under ThreadSanitizer each
 def test_a_missing_barrier_is_seen_by_thread_sanitizer(tmp_path):
     old = "tree[threadIdx.x] = x;\n  __syncthreads();"
     new = "tree[threadIdx.x] = x;"
@@ -108,7 +114,7 @@ def test_a_missing_barrier_is_seen_by_thread_sanitizer(tmp_path):
     assert "data race" in said
 
 
-@pytest.mark.slow  # a build under ThreadSanitizer each: some 30 s on two busy cores
+@pytest.mark.slow  # a build under ThreadSanitizer each
 def test_a_missing_fence_before_the_ticket_is_seen_by_thread_sanitizer(tmp_path):
     old = "__threadfence();\n    before = atomicAdd"
     code, said = outcome(
@@ -122,7 +128,7 @@ BEFORE = ("__threadfence();\n    last = atomicAdd", "last = atomicAdd")
 BEHIND = ("== gridDim.x;\n    __threadfence();", "== gridDim.x;")
 
 
-@pytest.mark.slow  # a build under ThreadSanitizer each: some 30 s on two busy cores
+@pytest.mark.slow  # a build under ThreadSanitizer each
 @pytest.mark.parametrize(("old", "new"), [BEFORE, BEHIND], ids=["before", "behind"])
 def test_a_missing_fence_at_the_last_blocks_ticket_is_seen_by_thread_sanitizer(tmp_path, old, new):
     program = build(tmp_path, THREAD, file="reduce.cu", old=old, new=new)
@@ -133,11 +139,11 @@ def test_a_missing_fence_at_the_last_blocks_ticket_is_seen_by_thread_sanitizer(t
         assert "data race" in said
 
 
-@pytest.mark.slow  # a build under ThreadSanitizer each: some 30 s on two busy cores
+@pytest.mark.slow  # a build under ThreadSanitizer each
 def test_a_missing_barrier_before_the_last_blocks_ticket_is_seen_by_thread_sanitizer(tmp_path):
     old = "reduce_items(work, tree);\n  __syncthreads();"
     new = "reduce_items(work, tree);"
-    program = build(tmp_path, THREAD, file="reduce.cu", old=old, new=new)
+    program = build(tmp_path, THREAD, file="reduce.cu", old=old, new=new, rules=("adamw",))
     # Thread 175 of the first block finds an inf: it sets the flag, which thread 0 is to publish.
     # (The first warp meets at the row's ticket, behind the flag.)
     # Two blocks and one inf: ThreadSanitizer remembers four accesses of 8 bytes, and the ticket is
@@ -151,6 +157,7 @@ def test_a_missing_barrier_before_the_last_blocks_ticket_is_seen_by_thread_sanit
     assert "data race" in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_barrier_in_a_divergent_branch_ends_the_launch(tmp_path):
     old = "  __syncthreads();\n  double own[kTurns];"
     new = f"  if (threadIdx.x < kWarp) {old.lstrip()}"
@@ -161,8 +168,9 @@ def test_a_barrier_in_a_divergent_branch_ends_the_launch(tmp_path):
 
 def test_found_inf_compared_with_one_is_seen_with_two(tmp_path):
     old = "*request.found_inf != 0.0f"
-    program = build(tmp_path, file="finish.cuh", old=old, new="*request.found_inf == 1.0f")
-    groups, rows = small("adamw", (70,))
+    new = "*request.found_inf == 1.0f"
+    program = build(tmp_path, file="finish.cuh", old=old, new=new, rules=("sgd",))
+    groups, rows = small("sgd", (70,))
     for found_inf, is_skipped in ((1.0, True), (2.0, False)):
         asked = Asked(found_inf=found_inf)
         found = run_steps(program, groups, rows, asked)
@@ -178,10 +186,11 @@ def far(program: Program) -> int:
 
 
 def test_a_row_of_more_than_2_31_elements_is_stepped_to_its_end(tmp_path):
-    assert far(build(tmp_path, main="cuda_far.cpp")) == 0
+    assert far(build(tmp_path, rules=("sgd",), main="cuda_far.cpp")) == 0
 
 
 def test_a_32_bit_index_is_seen_by_it(tmp_path):
     old = "chunk.begin = chunk.index * kChunk;"
     new = "chunk.begin = static_cast<int32_t>(chunk.index * kChunk);"
-    assert far(build(tmp_path, main="cuda_far.cpp", file="device.h", old=old, new=new)) != 0
+    faulty = build(tmp_path, rules=("sgd",), main="cuda_far.cpp", file="device.h", old=old, new=new)
+    assert far(faulty) != 0

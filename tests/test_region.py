@@ -136,6 +136,7 @@ def test_every_number_of_threads_has_the_bits_of_one(folder: Path) -> None:
     assert all(line.endswith(": same") for line in lines), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault: str, folder: Path) -> None:
     old, new = FAULTS[fault]

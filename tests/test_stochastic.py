@@ -42,6 +42,7 @@ wide_or_not = pytest.mark.parametrize("state_dtype", [None, FP32], ids=["own", "
 # ----- bits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.all_pairs
 @halves
 @wide_or_not
 @every_case
@@ -81,6 +82,7 @@ def test_the_bits_are_those_of_numpy(case: Case, dtype, state_dtype, isas, threa
         check("reference")
 
 
+@pytest.mark.all_pairs
 @halves
 @cases
 def test_every_layout_draws_in_the_order_of_the_parameters_memory(case: Case, dtype, backend):

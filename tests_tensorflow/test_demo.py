@@ -31,6 +31,7 @@ def test_the_demo() -> None:
         assert re.search(rf"^  {contestant}.* us", done.stdout, flags=re.M)
 
 
+@pytest.mark.slow
 def test_a_disturbed_measurement_is_called_one_here_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,11 @@ def trained(kind: str, way: str, dtype: str) -> Any:
     return model
 
 
-CASES = [(kind, "eager", "float32") for kind in KINDS]
+OFTEN = ("adam", "sgd", "several")
+CASES = [
+    pytest.param(kind, "eager", "float32", marks=() if kind in OFTEN else pytest.mark.slow)
+    for kind in KINDS
+]
 CASES += [("adam", way, "float32") for way in ("function", "jit")]
 CASES += [
     (kind, "eager", dtype) for kind in ("adam", "several") for dtype in ("bfloat16", "float64")

@@ -18,6 +18,7 @@ from pyupdate.kernels.rules import RULES
 from pyupdate.tensorflow import measure, passes, selftest
 
 
+@pytest.mark.slow  # CI's install matrix runs the whole self-test
 def test_every_rule_that_is_tried_is_right() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pyupdate.tensorflow.selftest"],
