@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from peer_rules import peer
 
@@ -435,6 +436,23 @@ WHOLE_TENSOR = (
 test_layerwise.py and test_schedulefree.py."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def in_each(dtypes: Sequence[torch.dtype], cases: Sequence[Case] = CASES + OTHERS) -> Any:
+    """Parametrises by `case` and `dtype`: a rule's other options are slow but in fp32."""
+    return pytest.mark.parametrize(
+        ("case", "dtype"),
+        [
+            pytest.param(
+                case,
+                dtype,
+                marks=() if case.full or dtype is torch.float32 else pytest.mark.slow,
+                id=f"{case}-{name_of(dtype)}",
+            )
+            for case in cases
+            for dtype in dtypes
+        ],
+    )
 
 
 def name_of(value: Any) -> str:

@@ -38,6 +38,10 @@ def pytest_collection_modifyitems(
     `make gpu` has no pytest-xdist.
     """
     leave_what_repeats_pairs(items)
+    for item in items:
+        is_marked = isinstance(item, pytest.Function) and item.get_closest_marker("slow_reference")
+        if is_marked and item.callspec.params["backend"] == "reference":
+            item.add_marker(pytest.mark.slow)
     yield  # -k and -m choose
     part = os.environ.get("PYUPDATE_TEST_PART")
     if part is None:

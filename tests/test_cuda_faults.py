@@ -72,10 +72,12 @@ def outcome(program: Program, sizes: tuple[int, ...] = (5, 70, 40_001)) -> tuple
 # ----- clean --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [ADDRESS, THREAD], ids=["address", "thread"])
-def test_sanitizers_find_nothing_and_the_bits_are_the_oracles(tmp_path, flags):
-    program = build(tmp_path, flags, rules=SOME)
-    for rule in SOME:
+@pytest.mark.parametrize(
+    ("flags", "rules"), [(ADDRESS, SOME), (THREAD, JOINING)], ids=["address", "thread"]
+)
+def test_sanitizers_find_nothing_and_the_bits_are_the_oracles(tmp_path, flags, rules):
+    program = build(tmp_path, flags, rules=rules)
+    for rule in rules:
         for sizes in ((0, 1, 7, 70, 1_025, 40_001), (40_001, 5, 70)):
             groups, rows = small(rule, sizes)
             asked = Asked(reduce=True, max_norm=0.5, clip_value=1.0)
@@ -166,6 +168,7 @@ def test_a_barrier_in_a_divergent_branch_ends_the_launch(tmp_path):
     assert "barrier" in said
 
 
+@pytest.mark.slow
 def test_found_inf_compared_with_one_is_seen_with_two(tmp_path):
     old = "*request.found_inf != 0.0f"
     new = "*request.found_inf == 1.0f"
@@ -189,6 +192,7 @@ def test_a_row_of_more_than_2_31_elements_is_stepped_to_its_end(tmp_path):
     assert far(build(tmp_path, rules=("sgd",), main="cuda_far.cpp")) == 0
 
 
+@pytest.mark.slow
 def test_a_32_bit_index_is_seen_by_it(tmp_path):
     old = "chunk.begin = chunk.index * kChunk;"
     new = "chunk.begin = static_cast<int32_t>(chunk.index * kChunk);"

@@ -29,6 +29,7 @@ def test_an_import_that_raises_more_than_an_exception(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_numpy_that_kills_the_process_is_named_instead_of_torch(checkout: Path) -> None:
     (checkout / "numpy.py").write_text(KILLS)
     found = answer(checkout)

@@ -269,6 +269,7 @@ def _resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc/self/statm")
+@pytest.mark.slow_reference
 @ways
 def test_two_thousand_steps_leak_nothing(way, backend):
     params = [nn.Parameter(torch.zeros(n)) for n in (1, 100, 2000)]

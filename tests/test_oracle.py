@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bits import array_of, assert_same_bits, initial_state, oracle_steps, random_values
-from cases import CASES, FULL, FULL_OTHERS, HANDS, OTHERS, Case, Hand, name_of
+from cases import CASES, FULL, FULL_OTHERS, HANDS, OTHERS, Case, Hand, in_each, name_of
 
 from pyupdate.kernels import oracle
 from pyupdate.kernels.rules import RULES
@@ -236,8 +236,7 @@ def scalars_of(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@full_precision
-@every_case
+@in_each([torch.float32, torch.float64])
 def test_within_rounding_of_fp64_and_of_torch(case, dtype, backend, scalars_of):
     check_against_truths(case, dtype, size=10_000, steps=20)
 
@@ -260,8 +259,7 @@ def test_a_million_elements_within_rounding_of_fp64_and_of_torch(case, dtype, co
 # ----- half precision is the rounding of fp32 -----------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
-@every_case
+@in_each([torch.bfloat16, torch.float16])
 def test_half_precision_is_the_fp32_rule_rounded_to_nearest_even(case, dtype, backend):
     size, rng = 50_000, np.random.default_rng(42)
     param = torch.nn.Parameter(random_values(rng, size, dtype))

@@ -96,11 +96,13 @@ EACH = [("step", kind) for kind in KINDS if kind != "stock"]  # whose step is to
 EACH += [("update_model", kind) for kind in ("AdamW", "accelerated", "stock")]
 
 
+@pytest.mark.slow_reference
 @pytest.mark.parametrize(("way", "kind"), EACH)
 def test_a_compiled_loop_has_the_bits_of_a_plain_one(way, kind, backend):
     assert_same(kind, way)
 
 
+@pytest.mark.slow_reference
 @pytest.mark.parametrize("kind", ["AdamW", "window"])
 @pytest.mark.parametrize("way", WAYS[2:])
 def test_so_has_one_with_a_scaler_or_a_deferred_dict(way, kind, backend):

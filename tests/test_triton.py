@@ -64,9 +64,13 @@ def test_halves_with_state_in_float32(rule, dtype, compiled):
     check(rule, [dtype], state_dtype=torch.float32, sizes=(1, 70, 1025, 16_385))
 
 
-@pytest.mark.parametrize("capability", OTHER_CAPABILITIES)
 @pytest.mark.parametrize(
-    "rule", ["adamw", pytest.param("sgd_momentum", marks=pytest.mark.slow), "lamb"]
+    ("rule", "capability"),
+    [
+        pytest.param(rule, capability, marks=() if capability == 100 else pytest.mark.slow)
+        for rule in ("adamw", "lamb")
+        for capability in OTHER_CAPABILITIES
+    ],
 )
 def test_other_architectures(rule, capability, compiled):
     norm = {"max_norm": 1.0} if rule == "adamw" else {}
@@ -129,7 +133,11 @@ def test_options_of_a_rule_of_two_stages(compiled):
 
 @pytest.mark.parametrize(
     ("dtype", "value"),
-    [(torch.float32, math.inf), (torch.bfloat16, math.nan), (torch.float64, -math.inf)],
+    [
+        (torch.float32, math.inf),
+        pytest.param(torch.bfloat16, math.nan, marks=pytest.mark.slow),
+        pytest.param(torch.float64, -math.inf, marks=pytest.mark.slow),
+    ],
     ids=name_of,
 )
 def test_a_gradient_that_is_not_finite_skips_the_step_on_the_device(dtype, value, compiled):

@@ -165,6 +165,7 @@ def test_a_compiled_function_of_the_user_s_own_fails_as_tensorflow_has_it(
     check_sgd(model)  # called eagerly, it steps
 
 
+@pytest.mark.slow  # every optimizer, traced and compiled
 def test_what_keras_and_the_rules_have_is_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking takes as long as a trace."""
 

@@ -24,6 +24,7 @@ def free_ports(count: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_two_workers_sum_first_then_check_and_clip() -> None:
     ports = free_ports(2)
     program = str(Path(__file__).with_name("worker_run.py"))
