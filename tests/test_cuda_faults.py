@@ -31,7 +31,7 @@ from cuda_cases import (
 from pyupdate.kernels.rules import RULES
 
 SOME = ("sgd", "adamw", "lamb")
-JOINING = ("lamb",)
+JOINING = "lamb"
 """It has everything that joins threads and blocks."""
 
 
@@ -51,7 +51,7 @@ def build(
     file: str = "",
     old: str = "",
     new: str = "",
-    rules: tuple[str, ...] = JOINING,
+    rules: tuple[str, ...] = (JOINING,),
     main: str = "cuda_steps.cpp",
 ) -> Program:
     """A build of some rules in fp32, faulty where a text is to be replaced."""
@@ -62,7 +62,7 @@ def build(
 
 def outcome(program: Program, sizes: tuple[int, ...] = (5, 70, 40_001)) -> tuple[int, str]:
     """The exit status and stderr of a clipped step."""
-    groups, rows = small(*JOINING, sizes)
+    groups, rows = small(JOINING, sizes)
     asked = Asked(reduce=True, max_norm=0.5)
     done = run_steps(program, groups, rows, asked, order=3, check=False)
     assert isinstance(done, subprocess.CompletedProcess)
@@ -73,7 +73,7 @@ def outcome(program: Program, sizes: tuple[int, ...] = (5, 70, 40_001)) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("flags", "rules"), [(ADDRESS, SOME), (THREAD, JOINING)], ids=["address", "thread"]
+    ("flags", "rules"), [(ADDRESS, SOME), (THREAD, (JOINING,))], ids=["address", "thread"]
 )
 def test_sanitizers_find_nothing_and_the_bits_are_the_oracles(tmp_path, flags, rules):
     program = build(tmp_path, flags, rules=rules)
