@@ -231,7 +231,7 @@ def test_a_complete_step_that_xla_refuses(kind: type, caplog: pytest.LogCaptureF
 
 def test_many_small_variables_by_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.random.default_rng(7)
-    count = 9  # test_passes.py has the true number
+    count = 9  # test_passes_choice.py has the true number
     values = [drawn.normal(size=3).astype(np.float32) for _ in range(count)]
     for make in (
         lambda: scaled(keras.optimizers.Adam(0.01, *BETAS, global_clipnorm=1.0)),

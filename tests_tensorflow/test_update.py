@@ -62,7 +62,7 @@ def test_a_step_is_kerass_own(name: str, backend: str, monkeypatch: pytest.Monke
         grads = [drawn.normal(size=v.shape).astype(np.float32) for v in values]
         give(ours, *grads)
         optimizer.apply([tf.constant(g) for g in grads], theirs.trainable_variables)
-    # Keras's bias correction is by the beta in float32, the passes' by the beta: test_passes.py.
+    # Keras's bias correction is by the beta in float32, the passes' by the beta: test_passes_keras.py.
     short = 4 * 0.01 * 6.5e-6 / (0.1 * EPS) if path_of(ours) == passes.PATH else 0.0
     assert apart(weights(ours), weights(theirs), floor=0.1) <= 8 + short
     state = [v.numpy() for v in ours.current_optimizer.variables]
