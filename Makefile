@@ -113,13 +113,13 @@ $(peers): $(tools) constraints.txt benchmarks/requirements.txt
 predicted: $(installed)
 	$(bin)/python benchmarks/predicted.py
 
-lint: $(installed)
+lint: $(tools)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 	$(bin)/mypy --strict pyupdate kernels
 
-format: $(installed)
+format: $(tools)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cpp)

@@ -9,16 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from . import info
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    killers: Callable[[], Mapping[str, str] | None] = lambda: None,
+) -> int:
     """Run the doctor.
 
     Args:
         arguments: the command line after the program's name; None for this process's.
+        killers: finds the imports that kill a process; by default the report does.
 
     Returns:
         The exit status: 1 where the self-test failed or could test nothing, else 0.
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(given)
 
-    report = info.report()
+    report = info.report(killers())
     passed = True
     if not chosen.json:
         sys.stdout.write(info.as_text(report))
@@ -98,4 +102,4 @@ def _selftest(report: dict[str, object], *, quiet: bool) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(killers=info.in_a_child))

@@ -3,7 +3,9 @@
 
 Every probe is guarded, and only the standard library is imported here: a broken install is what the
 doctor is for. Torch and the compiled module are first imported in a child process, so that one
-which kills its process (a truncated file, an illegal instruction) is reported like any other.
+which kills its process (a truncated file, an illegal instruction) is reported like any other. A
+child that lives through that goes on as the doctor, for importing torch a second time takes as long
+as all the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -46,13 +48,18 @@ for name in names:
         pass
 print("-", flush=True)
 """
+DONE, RAISED = "-", "!"
+"""What a child says after the names."""
 PREFIX = "PYUPDATE_"
 
 Report = dict[str, Any]
 
 
-def report() -> Report:
+def report(killers: Mapping[str, str] | None = None) -> Report:
     """What there is to know, as plain data. Never raises.
+
+    Args:
+        killers: what `in_a_child` returned; None to look for them in processes that end.
 
     Returns:
         A dict that ``json`` takes. ``backend`` is the name of the back end that steps a parameter
@@ -69,10 +76,10 @@ def report() -> Report:
             problems[name] = f"{type(error).__name__}: {error}"
             return None
 
-    killers = ask("imports", imports_that_kill) or {}
-    for name in killers:
-        sys.modules[name] = None  # type: ignore[assignment]  # importing it is an ImportError now
-        problems[f"import of {name}"] = killers[name]
+    if killers is None:
+        killers = ask("imports", imports_that_kill) or {}
+    _hide(killers)
+    problems |= {f"import of {name}": how for name, how in killers.items()}
     found: Report = {
         "pyupdate": ask("version", _version),
         "folder": str(Path(__file__).parent),
@@ -94,6 +101,73 @@ def report() -> Report:
     return found
 
 
+def in_a_child() -> dict[str, str] | None:
+    """Go on in a child process that has imported what may kill one; this one ends as that one does.
+
+    Where an import raises, this one goes on: a second attempt there would fail for other reasons.
+
+    Returns:
+        The imports that ended a child, with how; None where there is no fork.
+    """
+    if not hasattr(os, "fork"):
+        return None
+    killers: dict[str, str] = {}
+    names = list(FRAGILE)
+    while True:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            _hide(killers)
+            if not _imported(names, writing):
+                os._exit(0)
+            return killers
+        os.close(writing)
+        with os.fdopen(reading) as told:
+            last = told.read().split()[-1:]
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if last == [RAISED]:
+            return killers
+        if last in ([], [DONE]):
+            if status < 0:
+                sys.stderr.write(f"python -m pyupdate: {signal.Signals(-status).name}\n")
+            os._exit(status if status >= 0 else 128 - status)
+        killers[last[0]] = _killed(last[0], status)
+        names = names[names.index(last[0]) + 1 :]
+
+
+def _imported(names: list[str], telling: int) -> bool:
+    """Import them, silently, each named before it; whether all could be."""
+    errors, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    found = DONE
+    try:
+        for name in names:
+            os.write(telling, f"{name}\n".encode())
+            __import__(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # the probes of the report say what it is
+        found = RAISED
+    finally:
+        os.dup2(errors, 2)
+    os.write(telling, f"{found}\n".encode())
+    for descriptor in (errors, nowhere, telling):
+        os.close(descriptor)
+    return found == DONE
+
+
+def _hide(killers: Iterable[str]) -> None:
+    """Make importing them an ImportError."""
+    for name in killers:
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+def _killed(name: str, status: int) -> str:
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return f"importing {name} kills the process ({how})"
+
+
 def imports_that_kill() -> dict[str, str]:
     """The imports that end a process, by name, with the signal that they end it by."""
     killers: dict[str, str] = {}
@@ -108,16 +182,14 @@ def imports_that_kill() -> dict[str, str]:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         reached = done.stdout.split()
-        if not reached or reached[-1] == "-":
+        if not reached or reached[-1] == DONE:
             break
-        status = done.returncode
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        killers[reached[-1]] = f"importing {reached[-1]} kills the process ({how})"
+        killers[reached[-1]] = _killed(reached[-1], done.returncode)
         names = names[names.index(reached[-1]) + 1 :]
     return killers
 
 
-def back_ends(killers: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def back_ends(killers: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Every back end, with the reason why it cannot run here, or None."""
     from . import backends
 

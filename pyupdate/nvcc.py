@@ -21,8 +21,8 @@ from typing import Any
 
 from . import native
 
-ALL = "80-real;86-real;89-real;90-real;100-real;120"
-"""In CMake's words: machine code for A100 to B200, and the last also as PTX for what comes."""
+ALL = "80-real;86-real;89-real;90-real;100;120-real"
+"""In CMake's words: machine code for A100 to B200, and PTX for what comes."""
 
 _TIMEOUT_S = 30
 

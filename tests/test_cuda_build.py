@@ -7,14 +7,17 @@ One rule on one architecture, with everything else that the shipped module consi
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from compiling import ROOT, compiler, kept_folder, load_module, program, tool
+from compiling import ROOT, compiler, kept_folder, load_module, program, run, tool
+from device.machine_code import FAMILIES
 
 import pyupdate
+from pyupdate import nvcc
 from pyupdate.kernels.rules import RULES
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -138,6 +141,17 @@ def test_it_was_compiled_from_the_text_of_the_rule_for_what_was_asked(checkout):
     assert "-fmad=false" in module.build_info()["flags"]
     assert module.build_info()["flags"].endswith("(90)")
     assert '"built": true' in (checkout / "pyupdate" / "_build_info.json").read_text()
+
+
+def test_the_shipped_module_has_the_code_of_each_architecture_and_ptx_for_later_ones(tmp_path):
+    asked = {"PYUPDATE_CUDA": "ON", "PYUPDATE_CUDA_ARCHS": nvcc.ALL}
+    asked |= {"CMAKE_CUDA_COMPILER": tool("nvcc"), "Python_EXECUTABLE": sys.executable}
+    definitions = [f"-D{key}={value}" for key, value in asked.items()]
+    run(tool("cmake"), "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *definitions)
+    commands = (tmp_path / "build.ninja").read_text()
+    made = set(re.findall(r"arch=compute_(\d+),code=(sm|compute)_(\d+)", commands))
+    codes = {(str(family), "sm", str(each)) for each, family in FAMILIES.items()}
+    assert made == codes | {("100", "compute", "100")}
 
 
 @pytest.mark.parametrize("most", [10, 40_000_000])

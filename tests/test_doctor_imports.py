@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,17 @@ def test_the_verdict_says_why_where_the_chosen_back_end_cannot_run(checkout: Pat
     verdict = done.stdout.splitlines()[-1]
     assert verdict.startswith("self-test: FAILED: ")
     assert "but RuntimeError: PYUPDATE_BACKEND: back end 'cpu' cannot run here" in verdict
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("sys.exit(3)", 3, ""),
+        ("os.kill(os.getpid(), signal.SIGABRT)", 134, "python -m pyupdate: SIGABRT\n"),
+    ],
+)
+def test_the_command_ends_as_the_child_that_goes_on(end: str, status: int, said: str) -> None:
+    text = f"import os, signal, sys\nfrom pyupdate import info\ninfo.in_a_child()\n{end}\n"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300)
+    assert done.returncode == status
+    assert done.stderr == said

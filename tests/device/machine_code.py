@@ -22,6 +22,7 @@ table in docs/gpu.md is written with --write, and compared without: it is that o
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import re
@@ -41,7 +42,10 @@ from .sass import Kernel, kernels
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "gpu-static"
 PAGE = ROOT / "docs" / "gpu.md"
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+FAMILIES = {80: 80, 86: 80, 89: 80, 90: 80, 100: 100, 120: 100}
+"""Each architecture, and the one whose PTX it has: CMakeLists.txt builds the module so."""
+
+ARCHITECTURES = tuple(FAMILIES)
 STORAGES = ("fp64", "fp32", "bf16", "fp16", "bf16+fp32", "fp16+fp32")
 """Along Storages of csrc/types.h; the last two keep their state in fp32."""
 
@@ -107,9 +111,10 @@ def _run(command: Sequence[str | Path]) -> str:
     return done.stdout + done.stderr
 
 
-def _assemble(ptx: Path, architecture: int) -> list[Kernel]:
-    """What nvcc would make of a PTX file; ptxas is told of -fmad=false as nvcc tells it."""
-    cubin = ptx.with_suffix(".cubin")
+def _assemble(text: str, architecture: int, place: Path) -> list[Kernel]:
+    """What nvcc would make of PTX; ptxas is told of -fmad=false as nvcc tells it."""
+    ptx, cubin = place.with_suffix(".ptx"), place.with_suffix(".cubin")
+    ptx.write_text(text)
     flags = [f"-arch=sm_{architecture}", "-m64", "--fmad", "false", "-v"]
     said = _run(["ptxas", *flags, ptx, "-o", cubin])
     return list(kernels(said, _run(["cuobjdump", "-sass", cubin])))
@@ -215,21 +220,27 @@ def _sources() -> Iterator[tuple[str, Path, list[str]]]:
     yield "reduce", cuda / "reduce.cu", []
 
 
+@functools.cache
+def _ptx(name: str, source: Path, flags: tuple[str, ...], family: int, build: Path) -> str:
+    """What nvcc makes of a file for a family, also left in `build`."""
+    ptx = build / f"{name}-compute_{family}.ptx"
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{build}"]
+    options = ["-std=c++20", "-O3", "-fmad=false", f"-arch=compute_{family}", *flags]
+    _run(["nvcc", "-ptx", *options, *includes, source, "-o", ptx])
+    return ptx.read_text()
+
+
 def examine(
     name: str, source: Path, flags: Sequence[str], architecture: int, build: Path = BUILD
 ) -> list[Verdict]:
     """Compile a file for an architecture, and judge every kernel in it."""
-    ptx = build / f"{name}-{architecture}.ptx"
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{build}"]
-    options = ["-std=c++20", "-O3", "-fmad=false", f"-arch=sm_{architecture}", *flags]
-    _run(["nvcc", "-ptx", *options, *includes, source, "-o", ptx])
-    text = ptx.read_text()
+    text = _ptx(name, source, tuple(flags), FAMILIES[architecture], build)
     entries = _entries(text)
-    compiled = _assemble(ptx, architecture)
+    compiled = _assemble(text, architecture, build / f"{name}-{architecture}")
     wanted = sorted({sites_of(entry) for entry in entries.values()})
-    bare = build / f"{name}-{architecture}-calibration.ptx"
-    bare.write_text(calibration(text, wanted))
-    costs = {kernel.name: kernel for kernel in _assemble(bare, architecture)}
+    bare = calibration(text, wanted)
+    place = build / f"{name}-{architecture}-calibration"
+    costs = {kernel.name: kernel for kernel in _assemble(bare, architecture, place)}
     allowed = {sites: costs[f"calibration_{k}"] for k, sites in enumerate(wanted)}
     return [
         judge(kernel, entries[kernel.name], allowed[sites_of(entries[kernel.name])], architecture)
