@@ -295,6 +295,7 @@ def test_who_is_there_all_the_time_disturbs_too() -> None:
     assert run.quietest([*crowds, run.without(CELL, "it broke")])["others"] == 0.2
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_a_cell_with_a_reason(monkeypatch, capsys) -> None:
     nobody, apart = matrix.Cell("kinds", "nobody"), matrix.Cell("apart", "nobody")
     with server.Server() as one:

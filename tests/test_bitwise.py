@@ -74,12 +74,15 @@ def check_sizes(case: Case, dtype: torch.dtype, what: str, sizes: tuple[int, ...
         assert_same_bits(joined(state), values, f"{what}, {name}")
 
 
+def some_of(isas, threads):
+    """Every number of threads under the best instruction set, one under the others."""
+    return [*product(isas[:-1], threads[1:2]), *product(isas[-1:], threads)]
+
+
 @in_each(DTYPES)
 def test_compiled_gives_the_bits_of_numpy_at_every_size(case, dtype, isas, threads, compiled):
     # A rule's further options have every number of threads under the best instruction set alone.
-    every = product(isas, threads)
-    some = [*product(isas[:-1], threads[1:2]), *product(isas[-1:], threads)]
-    for isa, n in every if case.full else some:
+    for isa, n in product(isas, threads) if case.full else some_of(isas, threads):
         compiled.use_isa(isa)
         torch.set_num_threads(n)
         check_sizes(case, dtype, f"{isa}, {n} threads")
@@ -92,13 +95,8 @@ def test_reference_gives_the_bits_of_numpy(case, dtype, threads):
         check_sizes(case, dtype, "reference", (1, 2, 1025, sum(SIZES) - 1028))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(d, marks=pytest.mark.slow if d is not torch.float32 else (), id=name_of(d))
-        for d in DTYPES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @full_cases
 def test_reference_gives_the_bits_of_numpy_at_every_size(case, dtype, threads):
     torch.set_num_threads(threads[0])
@@ -264,7 +262,7 @@ def test_a_clipped_step_has_the_same_norm_and_bits_everywhere(case, isas, thread
     with pyupdate.use_backend("reference"):
         clips = check_clipped(case, start, grads, 1.0, "reference")
     assert all(0.0 < taken < 1.0 for _, taken in clips), "the test must clip"
-    for isa, n in product(isas, threads):
+    for isa, n in some_of(isas, threads):
         compiled.use_isa(isa)
         torch.set_num_threads(n)
         check_clipped(case, start, grads, 1.0, f"{isa}, {n} threads")

@@ -146,7 +146,13 @@ def check_bits(rule: Any, dtype: torch.dtype, backend: str, what: str) -> None:
             assert_same_bits(optimizer.state[param][name], value, f"{what}, {SIZES[i]}, {name}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(pytest.param(d, marks=pytest.mark.slow, id=name_of(d)) for d in DTYPES[::3]),
+        *(pytest.param(d, id=name_of(d)) for d in DTYPES[1:3]),
+    ],
+)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_compiled_reference_and_numpy_give_the_same_bits(name, dtype, package, rules, threads):
     rule = getattr(rules, name)

@@ -26,7 +26,7 @@ import cuda_build
 RULES_FILE = """
 from pyupdate.kernels import rules
 
-RULES = {"lamb": rules.RULES["lamb"]}
+RULES = {"sgd": rules.RULES["sgd"]}
 """
 
 
@@ -101,7 +101,7 @@ except RuntimeError as error:
 def test_the_module_is_imported_and_parameters_on_the_cpu_are_stepped(checkout):
     stepped, rules, path, refused = python(checkout, "-c", STEP).splitlines()
     assert stepped == "[0.5, 0.5, 0.5]"
-    assert rules == "['lamb']"
+    assert rules == "['sgd']"
     assert Path(path).parent == checkout / "pyupdate"
     assert "no CUDA device: " in refused
 
@@ -113,7 +113,7 @@ from device_on_cpu import cuda_on_cpu
 from pyupdate import _cuda
 param = torch.nn.Parameter(torch.ones(3))
 param.grad = torch.ones(3)
-optimizer = pyupdate.optim.LAMB([param], lr=0.5)
+optimizer = pyupdate.optim.SGD([param], lr=0.5)
 with cuda_on_cpu(_cuda):
     for _ in range(2):
         try:
@@ -137,7 +137,7 @@ def test_a_step_without_a_driver_is_an_error_in_cudas_words(checkout):
 def test_it_was_compiled_from_the_text_of_the_rule_for_what_was_asked(checkout):
     (path,) = (checkout / "pyupdate").glob("_cuda.*")
     module = load_module("_cuda", path)
-    assert module.digests() == {"lamb": RULES["lamb"].digest}
+    assert module.digests() == {"sgd": RULES["sgd"].digest}
     assert "-fmad=false" in module.build_info()["flags"]
     assert module.build_info()["flags"].endswith("(90)")
     assert '"built": true' in (checkout / "pyupdate" / "_build_info.json").read_text()

@@ -90,6 +90,7 @@ def test_sanitizers_find_nothing_and_the_bits_are_the_oracles(tmp_path, flags, r
 # ----- planted ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_element_too_far_is_seen_by_address_sanitizer(tmp_path):
     old = "for (int i = packs * V; i < count; ++i) single(i);"
     program = build(tmp_path, ADDRESS, file="device.h", old=old, new=old.replace("<", "<=", 1))
@@ -188,6 +189,7 @@ def far(program: Program) -> int:
     return done.returncode
 
 
+@pytest.mark.slow
 def test_a_row_of_more_than_2_31_elements_is_stepped_to_its_end(tmp_path):
     assert far(build(tmp_path, rules=("sgd",), main="cuda_far.cpp")) == 0
 

@@ -99,6 +99,7 @@ def test_no_order_of_threads_and_no_grid_changes_a_bit(program, rule, order):
     compare(program, groups, rows, OPTIONS["clip"], order=order, blocks=1 + 5 * order)
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("rule", ["adamw", "lamb", "nadam"])
 @pytest.mark.parametrize("storage", range(len(STORAGES)))
@@ -121,6 +122,7 @@ def test_a_skipped_step_changes_no_bit_and_a_later_one_counts_on(program, rule, 
         assert after["step"] == 3
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("by_chance", [False, True])
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("rules_of", [("adamw", "sgd_momentum", "lamb"), ("novograd", "nadam")])

@@ -68,6 +68,7 @@ def zoo(size: int = 3000) -> list[nn.Module]:
 # ----- results ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_reference
 @pytest.mark.parametrize("size", [300, 300_000])  # one thread, and several
 def test_the_bits_of_one_by_one(size, backend, regions, threads):
     for count in threads[:3]:

@@ -166,6 +166,7 @@ def test_every_role_in_every_layout(case: Case, dtype, state_dtype, way, backend
         roles.assert_right(optimizer, case, backend, state_dtype)
 
 
+@pytest.mark.all_pairs
 @cases
 @dtypes
 def test_the_norm_is_summed_in_the_order_of_the_parameters_memory(case: Case, dtype, backend):

@@ -246,7 +246,9 @@ print(*peaks)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
-@pytest.mark.parametrize(("kind", "scaled"), [("sgd", False), ("adamw", True)])
+@pytest.mark.parametrize(
+    ("kind", "scaled"), [pytest.param("sgd", False, marks=pytest.mark.slow), ("adamw", True)]
+)
 def test_a_step_copies_nothing(kind, scaled, compiled):
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _BIG_STEP, kind, str(scaled)],

@@ -251,7 +251,7 @@ def slow_but_for(*names: str) -> list[Any]:
 
 # What ten thousand show, a hundred times.
 @full_precision
-@pytest.mark.parametrize("case", slow_but_for("adamw", "nadam"))
+@pytest.mark.parametrize("case", slow_but_for("adamw"))
 def test_a_million_elements_within_rounding_of_fp64_and_of_torch(case, dtype, compiled, scalars_of):
     check_against_truths(case, dtype, size=1_000_000, steps=20)
 
@@ -259,6 +259,7 @@ def test_a_million_elements_within_rounding_of_fp64_and_of_torch(case, dtype, co
 # ----- half precision is the rounding of fp32 -----------------------------------------------------
 
 
+@pytest.mark.slow_reference
 @in_each([torch.bfloat16, torch.float16])
 def test_half_precision_is_the_fp32_rule_rounded_to_nearest_even(case, dtype, backend):
     size, rng = 50_000, np.random.default_rng(42)

@@ -122,6 +122,7 @@ def in_a_spawned_process(answers: Any) -> None:
     answers.put([fingerprint(trained(way, 3, size=1000)) for way in WAYS])
 
 
+@pytest.mark.slow_reference
 def test_a_spawned_process(backend, monkeypatch):
     monkeypatch.setenv("PYUPDATE_BACKEND", backend)
     context = multiprocessing.get_context("spawn")
@@ -257,7 +258,7 @@ print(len(os.listdir("/proc/self/task")) - alone)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc/self/task")
-@pytest.mark.parametrize("wanted", [1, 2, 5])
+@pytest.mark.parametrize("wanted", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 5])
 def test_torchs_number_of_threads_is_honoured(wanted, compiled):
     if compiled.build_info()["threading"] != "OpenMP":
         pytest.skip("the threads of this build end with each step")

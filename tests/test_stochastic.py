@@ -257,6 +257,7 @@ def test_moves_of_a_part_of_a_place_are_made_on_average(backend):
     assert abs(float(param.detach().double().mean()) - (1.0 - 64 * 2.0**-12)) < 5 * deviation
 
 
+@pytest.mark.slow_reference
 def test_a_second_moment_does_not_stall_on_average(backend):
     """As with fp32 state in test_state_dtype.py, where by default it stays at 0.1953."""
     n = 2_000

@@ -109,6 +109,7 @@ def test_so_has_one_with_a_scaler_or_a_deferred_dict(way, kind, backend):
     assert_same(kind, way)
 
 
+@pytest.mark.slow_reference
 def test_nothing_of_a_step_is_captured(backend):
     """Also with many optimizers through one compiled function: each would be compiled anew."""
     captured: list[str] = []
