@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from all_pairs import leave_what_repeats_pairs
+from all_pairs import leave_what_repeats
 from compiling import Build, build_toys, device_module
 
 import pyupdate
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(
 
     `make gpu` has no pytest-xdist.
     """
-    leave_what_repeats_pairs(items)
+    leave_what_repeats(items)
     for item in items:
         is_marked = isinstance(item, pytest.Function) and item.get_closest_marker("slow_reference")
         if is_marked and item.callspec.params["backend"] == "reference":

@@ -9,12 +9,23 @@ on both: one for all, as its pool of threads warns when it is collected.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from all_pairs import leave_what_repeats
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_what_repeats(items)
+
 
 try:
     import tensorflow as tf

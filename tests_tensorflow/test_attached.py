@@ -94,6 +94,7 @@ def optimizer_of(kind: str) -> Any:
 KINDS = ["plain", "scales", "factor"]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("second", KINDS)
 @pytest.mark.parametrize("first", KINDS)
 @pytest.mark.parametrize("graph", [False, True])

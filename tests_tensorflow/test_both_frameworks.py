@@ -70,6 +70,7 @@ def true(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return run(tmp_path_factory.mktemp("torch") / "found.npz", "torch", list(NUMBERS))
 
 
+@pytest.mark.slow
 def test_a_run_in_both_frameworks_has_the_same_bits(true: Found, tmp_path: Path) -> None:
     same = run(tmp_path / "same.npz", "keras", list(NUMBERS), NO_CONTRACTION)
     assert len(true) == STEPS * 2 * (2 + 2 + 3 + 3)  # of two tensors: param and state

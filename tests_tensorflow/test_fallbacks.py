@@ -117,6 +117,7 @@ REFUSED = {
 """What XLA does not compile, each by the word that the log has for it."""
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("why", REFUSED)
 @pytest.mark.parametrize("way", ["eager", "function"])
@@ -199,6 +200,7 @@ def test_what_keras_and_the_rules_have_is_not_asked_about(monkeypatch: pytest.Mo
         assert keras_update.path_of(model) in ("XLA", passes.PATH), optimizer.name
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("way", ["eager", "function"])
 def test_one_line_for_an_optimizer_whose_attributes_change(

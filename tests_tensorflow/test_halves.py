@@ -43,6 +43,7 @@ def excluded_by(how: str, optimizer: Any, model: Any) -> None:
         optimizer.exclude_from_weight_decay(var_list=[model.held[0]])
 
 
+@pytest.mark.all_pairs
 @pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("when", ["before", "after a step"])
 @pytest.mark.parametrize("how", ["name", "list"])
@@ -63,6 +64,7 @@ def test_what_is_excluded_from_weight_decay(way: str, how: str, when: str, scale
     assert held(model) == [first[0], [2.25]]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("how", ["name", "list"])
 @pytest.mark.parametrize("way", ["eager", "function", "functions that run eagerly"])
 def test_what_is_excluded_on_replicas(strategy: Any, way: str, how: str) -> None:

@@ -67,6 +67,7 @@ KINDS = ["keras", "keras scaled", "keras average", "tf-keras", "tf-keras scaled"
 KINDS += ["tf-keras legacy", "tf-keras legacy scaled"]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("when", ["before it is built", "after"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_keeps_every_bit(kind: str, when: str, tmp_path: Path) -> None:

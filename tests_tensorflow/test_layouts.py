@@ -116,6 +116,7 @@ def several(factor: float | None = None, **given: Any) -> Any:
     return keras.optimizers.MultiOptimizer(OptimizerMap(default, parts), factor)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("how", ["factor", "scaled", "bounded", "clipped"])
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 def test_a_multi_optimizer_and_scales(way: str, how: str) -> None:

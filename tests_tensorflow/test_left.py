@@ -56,6 +56,7 @@ def by_hand(decay: float, average: float) -> tuple[list[float], list[float]]:
     return [one.value for one in each], averages
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 def test_what_no_micro_batch_reaches_is_not_stepped(way: str, clips: bool) -> None:

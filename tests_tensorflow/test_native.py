@@ -46,7 +46,7 @@ def scaled(inner: Any) -> Any:
     return keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0, dynamic_growth_steps=2)
 
 
-# The number is lower in these tests, for each variable is traced; test_passes_choice.py has the true one.
+# Lower in these tests, for each variable is traced; test_passes_choice.py has the true number.
 MANY = [3] * 9
 
 

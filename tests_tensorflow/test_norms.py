@@ -113,6 +113,7 @@ def far(found: Any, true: Any) -> float:
     )
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("size", [1.0, 1e20])
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])

@@ -58,10 +58,10 @@ CASES = [
     pytest.param(kind, "eager", "float32", marks=() if kind in OFTEN else pytest.mark.slow)
     for kind in KINDS
 ]
-CASES += [("adam", way, "float32") for way in ("function", "jit")]
-CASES += [
-    (kind, "eager", dtype) for kind in ("adam", "several") for dtype in ("bfloat16", "float64")
-]
+CASES += [("adam", "function", "float32"), ("adam", "eager", "float64")]
+CASES += [("several", "eager", "bfloat16")]
+RARE = [("adam", "jit", "float32"), ("adam", "eager", "bfloat16"), ("several", "eager", "float64")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in RARE]
 
 
 @pytest.mark.parametrize(("kind", "way", "dtype"), CASES)

@@ -95,6 +95,7 @@ def test_the_structs_are_xlas(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.scalars])
 def test_a_rule_has_the_oracles_bits(name: str, dtype: Any) -> None:

@@ -90,6 +90,7 @@ def test_a_method_of_its_own_and_variables_as_numbers_are_followed(
         assert apart(weights(model), weights(keras_model)) <= 8
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
 def test_a_gradient_of_the_users_own_precision(

@@ -58,6 +58,7 @@ KINDS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_keras_adam_by_hand_and_by_keras(kind: str, way: str) -> None:
@@ -163,6 +164,7 @@ def test_a_step_takes_no_memory_for_results() -> None:
     assert min(given) * resource.getpagesize() < 4 * size
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 @pytest.mark.parametrize("clip", ["global_clipnorm", "clipnorm"])
 def test_scaled_clipped_and_skipped_by_hand(clip: str, way: str) -> None:

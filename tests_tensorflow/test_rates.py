@@ -55,6 +55,7 @@ def counted(model: Any, step: Any) -> int:
     return Counted.runs
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("how", ["plain", "scaled", "clipped", "several", "accumulated"])
 @pytest.mark.parametrize("made", [float, np.float32, np.float64, np.array, tf.constant])
 def test_a_function_is_asked_once_a_step_and_traced_once(made: Any, how: str) -> None:

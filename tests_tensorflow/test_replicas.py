@@ -32,6 +32,7 @@ def compiled_parts(optimizer: Any) -> list[Any]:
     return [traced._concrete.function_def.attr["_XlaMustCompile"].b for traced in moved]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_every_replica_is_compiled_and_traced_once(
@@ -183,6 +184,7 @@ def test_a_strategy_that_mirrors_nothing(graph: bool, caplog: pytest.LogCaptureF
     check_without_xla(central, model, graph, caplog, "is not mirrored on every replica")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("kind", ["print", "string", "rate"])
 def test_what_xla_does_not_run(
@@ -233,6 +235,7 @@ def test_a_step_is_on_the_mean_over_the_replicas(strategy: Any, graph: bool) -> 
     assert first(strategy, model.current_optimizer.iterations) == 2
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("bad", [0, 1])
 def test_an_inf_on_one_replica_only(strategy: Any, bad: int, graph: bool) -> None:
@@ -288,6 +291,7 @@ ONE_REPLICA: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("kind", ONE_REPLICA)
 def test_a_mirrored_strategy_of_one_replica(kind: str, graph: bool) -> None:

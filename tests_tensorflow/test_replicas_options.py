@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -47,14 +46,10 @@ def same(one: Any, other: Any) -> bool:
     return np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-# Each of two occurs with each; the slow ones are the rest.
-@pytest.mark.parametrize(
-    ("bad_micro", "scales", "graph"),
-    [
-        pytest.param(*case, marks=pytest.mark.slow if sum(case) % 2 else ())
-        for case in product((0, 1), (False, True), (False, True))
-    ],
-)
+@pytest.mark.each_value
+@pytest.mark.parametrize("bad_micro", [0, 1])
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
 def test_averages_of_steps_on_means_of_micro_batches(
     strategy: Any, bad_micro: int, scales: bool, graph: bool
 ) -> None:
@@ -217,7 +212,7 @@ def replica_number() -> Any:
     return tf.distribute.get_replica_context().replica_id_in_sync_group
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_checkpoint_in_the_middle_of_micro_batches(
     strategy: Any, graph: bool, tmp_path: Any
 ) -> None:

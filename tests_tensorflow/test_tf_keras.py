@@ -44,6 +44,7 @@ def update(model: Any) -> None:
         pyupdate.update_model(model, loss, tape=tape)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 def test_a_step_is_tf_kerass_own(way: str, name: str) -> None:
@@ -60,6 +61,7 @@ def test_a_step_is_tf_kerass_own(way: str, name: str) -> None:
     assert int(model.current_optimizer.iterations) == 3
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", ["new", "legacy", "fixed"])
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 def test_its_loss_scale_is_kept_in_its_variables(way: str, kind: str) -> None:

@@ -62,7 +62,7 @@ def test_a_step_is_kerass_own(name: str, backend: str, monkeypatch: pytest.Monke
         grads = [drawn.normal(size=v.shape).astype(np.float32) for v in values]
         give(ours, *grads)
         optimizer.apply([tf.constant(g) for g in grads], theirs.trainable_variables)
-    # Keras's bias correction is by the beta in float32, the passes' by the beta: test_passes_keras.py.
+    # Keras corrects by the beta in float32, the passes by the beta: test_passes_keras.py.
     short = 4 * 0.01 * 6.5e-6 / (0.1 * EPS) if path_of(ours) == passes.PATH else 0.0
     assert apart(weights(ours), weights(theirs), floor=0.1) <= 8 + short
     state = [v.numpy() for v in ours.current_optimizer.variables]
@@ -290,6 +290,7 @@ class Counted(keras.optimizers.Adam):
         super().update_step(gradient, variable, learning_rate)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 def test_fifty_steps_are_one_trace(way: str, scaled: bool) -> None:
@@ -341,7 +342,7 @@ def test_plans_are_bounded() -> None:
     assert len(keras_half._plans[optimizer]) == keras_half.PLANS
 
 
-@pytest.mark.parametrize("way", ["eager", "function", "jit"])
+@pytest.mark.parametrize("way", ["eager", pytest.param("function", marks=pytest.mark.slow), "jit"])
 def test_model_and_optimizer_are_freed(way: str) -> None:
     model = network()
     inner = keras.optimizers.Adam()
