@@ -106,7 +106,9 @@ def trained(name: str, turn: int, backend: str) -> tuple[list[nn.Parameter], Any
     return params, optimizer, (options, lasts)
 
 
-@pytest.mark.parametrize("turn", range(TURNS))
+@pytest.mark.parametrize(
+    "turn", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, TURNS))]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_both_back_ends_give_the_same_bits(name, turn, compiled):
     torch.set_num_threads(2)
