@@ -11,8 +11,8 @@ compile is compiled again.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -39,19 +39,21 @@ def main(command: list[str]) -> int:
     if text is None:  # the compiler itself says why
         return subprocess.run(command, check=False).returncode
     name = digest(command, text)
-    # Who does not ask for -Werror may have what was made under it.
-    strict, any_ = STORE / f"{name}.werror", STORE / name
-    for stored in (strict,) if "-Werror" in command else (strict, any_):
-        if stored.exists():
-            shutil.copyfile(stored, made)
-            return 0
-    status = subprocess.run(command, check=False).returncode
-    if status == 0:
-        STORE.mkdir(parents=True, exist_ok=True)
-        unfinished = STORE / f"{name}.{os.getpid()}"
-        shutil.copyfile(made, unfinished)
-        unfinished.replace(strict if "-Werror" in command else any_)
-    return status
+    STORE.mkdir(parents=True, exist_ok=True)
+    with (STORE / f"{name}.lock").open("w") as lock:  # who comes second waits for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Who does not ask for -Werror may have what was made under it.
+        strict, any_ = STORE / f"{name}.werror", STORE / name
+        for stored in (strict,) if "-Werror" in command else (strict, any_):
+            if stored.exists():
+                shutil.copyfile(stored, made)
+                return 0
+        status = subprocess.run(command, check=False).returncode
+        if status == 0:
+            unfinished = STORE / f"{name}.unfinished"
+            shutil.copyfile(made, unfinished)
+            unfinished.replace(strict if "-Werror" in command else any_)
+        return status
 
 
 def preprocessed(command: list[str]) -> bytes | None:

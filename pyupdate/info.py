@@ -104,10 +104,9 @@ def report(killers: Mapping[str, str] | None = None) -> Report:
 def in_a_child() -> dict[str, str] | None:
     """Go on in a child process that has imported what may kill one; this one ends as that one does.
 
-    Where an import raises, this one goes on: a second attempt there would fail for other reasons.
-
     Returns:
-        The imports that ended a child, with how; None where there is no fork.
+        The imports that ended a child, with how. None, and in this process, where there is no fork
+        or an import raises: a second attempt in the child would fail for other reasons.
     """
     if not hasattr(os, "fork"):
         return None
@@ -127,10 +126,11 @@ def in_a_child() -> dict[str, str] | None:
             last = told.read().split()[-1:]
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if last == [RAISED]:
-            return killers
+            return None
         if last in ([], [DONE]):
             if status < 0:
-                sys.stderr.write(f"python -m pyupdate: {signal.Signals(-status).name}\n")
+                name = signal.Signals(-status).name
+                sys.stderr.write(f"python -m pyupdate was ended by {name}\n")
             os._exit(status if status >= 0 else 128 - status)
         killers[last[0]] = _killed(last[0], status)
         names = names[names.index(last[0]) + 1 :]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_another_folder_gets_the_compilers_own_bytes_without_compiling(checkouts
     assert stored == another.compile(through=False)[1] != b""
     dependencies = (another.folder / "build" / "value.o.d").read_text()
     assert str(another.folder / "value.h") in dependencies
+
+
+def test_of_two_at_a_time_the_second_waits_for_what_the_first_makes(checkouts):
+    with ThreadPoolExecutor(2) as pool:
+        (one, first), (another, second) = pool.map(Checkout.compile, checkouts)
+    assert one == another == 0
+    assert first == second != b""
+    assert checkouts[0].compilations() == 1
 
 
 def test_what_differs_is_compiled(checkouts):

@@ -73,7 +73,11 @@ def outcome(program: Program, sizes: tuple[int, ...] = (5, 70, 40_001)) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("flags", "rules"), [(ADDRESS, SOME), (THREAD, (JOINING,))], ids=["address", "thread"]
+    ("flags", "rules"),
+    [
+        pytest.param(ADDRESS, SOME, id="address"),
+        pytest.param(THREAD, (JOINING,), marks=pytest.mark.slow, id="thread"),
+    ],
 )
 def test_sanitizers_find_nothing_and_the_bits_are_the_oracles(tmp_path, flags, rules):
     program = build(tmp_path, flags, rules=rules)

@@ -55,7 +55,7 @@ def test_the_verdict_says_why_where_the_chosen_back_end_cannot_run(checkout: Pat
     ("end", "status", "said"),
     [
         ("sys.exit(3)", 3, ""),
-        ("os.kill(os.getpid(), signal.SIGABRT)", 134, "python -m pyupdate: SIGABRT\n"),
+        ("os.kill(os.getpid(), signal.SIGABRT)", 134, "python -m pyupdate was ended by SIGABRT\n"),
     ],
 )
 def test_the_command_ends_as_the_child_that_goes_on(end: str, status: int, said: str) -> None:

@@ -122,7 +122,17 @@ def test_a_rule_of_the_user(dtype):
 # ----- options ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtypes", "options"), OPTIONS.values(), ids=OPTIONS)
+# "all" has a clip by the norm too.
+RARE = ("max_norm", "inf norm")
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "options"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if name in RARE else (), id=name)
+        for name, case in OPTIONS.items()
+    ],
+)
 def test_options(dtypes, options, compiled):
     check("adamw", dtypes, sizes=(1, 70, 2049, 16_385), **options)
 
