@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
@@ -13,7 +14,10 @@ from compiling import ROOT
 
 from pyupdate.bench import timing, watch
 
-pytest.importorskip("sklearn", reason="the demo's images are scikit-learn's")
+# Not imported before it is needed: that takes as long as torch.
+pytestmark = pytest.mark.skipif(
+    find_spec("sklearn") is None, reason="the demo's images are scikit-learn's"
+)
 
 
 @pytest.fixture

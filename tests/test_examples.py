@@ -102,7 +102,6 @@ def test_a_page_names_only_what_is_there(page: Path) -> None:
         assert variable in code, variable
 
 
-# CI's install matrix runs it in pure Python.
 @pytest.mark.parametrize("choice", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_the_demo(choice: str) -> None:
     """Its own exit status says whether the accuracy and the weights are right."""

@@ -143,7 +143,7 @@ def roles_in(dtype: torch.dtype) -> list[Roles]:
     return found
 
 
-@pytest.mark.all_pairs
+@pytest.mark.each_value
 @cases
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),

@@ -82,7 +82,7 @@ def test_the_bits_are_those_of_numpy(case: Case, dtype, state_dtype, isas, threa
         check("reference")
 
 
-@pytest.mark.all_pairs
+@pytest.mark.each_value
 @halves
 @cases
 def test_every_layout_draws_in_the_order_of_the_parameters_memory(case: Case, dtype, backend):

@@ -123,6 +123,7 @@ def test_deferred_under_one_optimizer_and_called_under_another(
         assert (float(after.dynamic_scale), weights(model)[0].tolist()) == (512.0, [-1.0])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("how", ["name", "callable", "scaled"])
 def test_build_outside_of_the_scope_of_the_model(strategy: Any, how: str, graph: bool) -> None:

@@ -112,6 +112,7 @@ def check_loaded(model: Any, way: str, caplog: pytest.LogCaptureFixture) -> None
     assert "bfloat16" in line and "tf.train.Checkpoint" in line
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("way", ["eager", "function", "jit"])
 def test_a_keras_file(
@@ -133,7 +134,7 @@ def test_a_keras_file(
     assert numbers(again) == numbers(loaded)
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_keras_file_on_replicas(strategy: Any, graph: bool, tmp_path: Path) -> None:
     model = network()
     model.compile(optimizer=made("keras"))

@@ -17,7 +17,7 @@ from training import Known, give, ways
 import pyupdate
 
 
-@pytest.mark.parametrize("way", ["function", "jit"])
+@pytest.mark.parametrize("way", [pytest.param("function", marks=pytest.mark.slow), "jit"])
 def test_a_function_an_eager_step_and_the_function_again(way: str) -> None:
     model = pyupdate.build(Known([[1.0, 2.0]]), "sgd", learning_rate=0.5, skip_nonfinite=True)
     step = ways(lambda grad: give(model, grad))[way]

@@ -101,7 +101,9 @@ def test_by_fused_kernels(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pyupdate.tensorflow.update.path_of(model) == "TensorFlow's fused kernels"
 
 
-@pytest.mark.parametrize("way", ["eager", "function", "functions that run eagerly"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("eager", marks=pytest.mark.slow), "function", "functions that run eagerly"]
+)
 def test_on_replicas(strategy: Any, way: str) -> None:
     with strategy.scope():
         optimizer = keras.optimizers.AdamW(RATE, DECAY, *BETAS)

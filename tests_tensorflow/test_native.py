@@ -186,7 +186,7 @@ def test_rows_that_are_used_twice_by_kernels() -> None:
     assert apart(weights(model), hand.values) <= 8
 
 
-@pytest.mark.parametrize("way", ["eager", "function", "jit"])
+@pytest.mark.parametrize("way", ["eager", pytest.param("function", marks=pytest.mark.slow), "jit"])
 def test_many_scaled_clipped_and_skipped_by_hand(way: str) -> None:
     values = drawn(1, MANY)
     model = Known(values)

@@ -93,6 +93,7 @@ def test_training_goes_on_at_the_largest_scale(way: str) -> None:
     assert apart(weights(model), [[1.0 - 80 * 2.0**-16]]) <= 1
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("graph", [False, True])
 def test_replicas_clip_what_is_scaled_far_up(strategy: Any, graph: bool, clip: str) -> None:

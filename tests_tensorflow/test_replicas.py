@@ -67,7 +67,7 @@ def test_every_replica_is_compiled_and_traced_once(
     assert not [record for record in caplog.records if record.name == "pyupdate"]
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_another_number_of_the_optimizer_is_another_trace(strategy: Any, graph: bool) -> None:
     model = made(strategy, [np.float32([1.0])], lambda: keras.optimizers.SGD(0.5))
     run(strategy, model, [[[1.0], [1.0]]], graph)
@@ -105,7 +105,7 @@ def test_the_optimizer_s_own_state_is_every_replica_s(strategy: Any, graph: bool
     assert [value.tolist() for value in held(strategy, model)[0]] == [[0.75]] * 2
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bfloat16_variables_move(strategy: Any, graph: bool) -> None:
     with strategy.scope():
         model = pyupdate.build(

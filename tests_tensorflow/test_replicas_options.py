@@ -175,7 +175,7 @@ def test_an_average_of_bfloat16_variables_is_kept_in_float32(strategy: Any, grap
     assert float(tf.cast(average, tf.bfloat16)) != average
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_network_on_two_halves_of_a_batch_and_on_the_whole(strategy: Any, graph: bool) -> None:
     options = {"learning_rate": 0.125, "momentum": 0.5, "ema_decay": 0.5}
     options |= {"accumulation_steps": MICRO}

@@ -107,6 +107,7 @@ def test_build_makes_its_optimizers() -> None:
     assert any((a != b).any() for a, b in zip(before, numbers(model.weights), strict=True))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_every_replica_is_compiled(strategy: Any, legacy: bool, graph: bool) -> None:
