@@ -168,7 +168,7 @@ check-device: $(installed) $(triton)
 	  ! grep -nE '\b(fma|mad)\.(rn\.)?f|\.approx|\.ftz|div\.full' build/device/adamw.ptx; \
 	else echo "check-device: SKIPPED nvcc -ptx: no $(NVCC) on PATH"; fi
 	@if [ -e $(triton) ]; then set -ex; $(bin)/python tests/device/triton_compile.py; \
-	  $(bin)/python -m pytest -m 'not slow' tests/test_triton.py tests/test_triton_rows.py tests/test_triton_drain.py tests/test_machine_code.py $(PYTEST); fi
+	  $(bin)/python -m pytest -m 'not slow' tests/test_triton.py tests/test_triton_rows.py tests/test_triton_drain.py tests/test_machine_code.py $(side_by_side) $(PYTEST); fi
 
 # torch for CPUs comes without it. Whoever has another one keeps it.
 TRITON ?= triton==3.9.0

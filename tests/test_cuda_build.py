@@ -84,8 +84,10 @@ def test_the_doctor_says_that_there_is_no_device_and_works(checkout):
     assert not [line for line in lines if line.startswith("PROBLEM")]
 
 
-STEP = """
-import torch, pyupdate
+STEPS = """
+import sys, torch, pyupdate
+sys.path.insert(0, sys.argv[1])
+from device_on_cpu import cuda_on_cpu
 from pyupdate import _cuda
 param = torch.nn.Parameter(torch.ones(3))
 param.grad = torch.ones(3)
@@ -95,24 +97,6 @@ try:
     pyupdate.use_backend("cuda").__enter__()
 except RuntimeError as error:
     print(error)
-"""
-
-
-def test_the_module_is_imported_and_parameters_on_the_cpu_are_stepped(checkout):
-    stepped, rules, path, refused = python(checkout, "-c", STEP).splitlines()
-    assert stepped == "[0.5, 0.5, 0.5]"
-    assert rules == "['sgd']"
-    assert Path(path).parent == checkout / "pyupdate"
-    assert "no CUDA device: " in refused
-
-
-REFUSED = """
-import sys, torch, pyupdate
-sys.path.insert(0, sys.argv[1])
-from device_on_cpu import cuda_on_cpu
-from pyupdate import _cuda
-param = torch.nn.Parameter(torch.ones(3))
-param.grad = torch.ones(3)
 optimizer = pyupdate.optim.SGD([param], lr=0.5)
 with cuda_on_cpu(_cuda):
     for _ in range(2):
@@ -124,14 +108,28 @@ print(param.tolist())
 """
 
 
-def test_a_step_without_a_driver_is_an_error_in_cudas_words(checkout):
-    *refused, param = python(checkout, "-c", REFUSED, str(ROOT / "tests")).splitlines()
+@pytest.fixture(scope="module")
+def said(checkout: Path) -> list[str]:
+    """What comes of steps on the CPU, and of steps of the module itself."""
+    return python(checkout, "-c", STEPS, str(ROOT / "tests")).splitlines()
+
+
+def test_the_module_is_imported_and_parameters_on_the_cpu_are_stepped(checkout, said):
+    stepped, rules, path, refused = said[:4]
+    assert stepped == "[0.5, 0.5, 0.5]"
+    assert rules == "['sgd']"
+    assert Path(path).parent == checkout / "pyupdate"
+    assert "no CUDA device: " in refused
+
+
+def test_a_step_without_a_driver_is_an_error_in_cudas_words(said):
+    *refused, param = said[4:]
     assert len(refused) == 2
     for line in refused:  # 35: no driver, or one that is too old; 100: no device
         begins = "CUDA device 0 could not be made the current one: "
         assert line.startswith(begins)
         assert line.endswith(("(error 35)", "(error 100)"))
-    assert param == "[1.0, 1.0, 1.0]"
+    assert param == "[0.5, 0.5, 0.5]"
 
 
 def test_it_was_compiled_from_the_text_of_the_rule_for_what_was_asked(checkout):

@@ -262,6 +262,7 @@ def test_the_self_test_fails_by_its_bits(
     assert f"0 of {len(RULES)}" in verdict
 
 
+@pytest.mark.slow
 def test_the_self_test_fails_by_its_bound(
     only_reference: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +286,7 @@ def test_the_self_test_fails_where_a_back_end_raises(
     assert "FAILED: RuntimeError: no such luck" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_self_test_fails_where_a_back_end_forgets_the_clip(
     without_keras: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
