@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "ahead.h"
+#include "cpu/parallel.h"
 
 namespace pyupdate {
 
@@ -86,10 +87,11 @@ Plan::~Plan() {
 
 // The gradients are the user's to free; what stays of them is which objects they were.
 void Plan::release_grads() {
-  if (grads_owned_) {
-    for (PyObject* grad : grads_) Py_XDECREF(grad);
-  }
+  if (!grads_owned_) return;
+  // What is freed here may have Python called back, which may step this plan or collect garbage.
   grads_owned_ = false;
+  const std::vector<PyObject*> owned = grads_;
+  for (PyObject* grad : owned) Py_XDECREF(grad);
 }
 
 GradientsHeld::~GradientsHeld() { plan_.release_grads(); }
@@ -99,10 +101,19 @@ GradientsHeld::~GradientsHeld() { plan_.release_grads(); }
 Found Plan::refresh(PyObject* groups, PyObject* state,
                     const std::vector<std::vector<double>>& numbers) {
   if (interface_.remote) part_written_counts();
-  const Found found = read_rows(groups, state, numbers);
-  if (found != Found::kReady && found != Found::kFresh) {  // half read: the next one starts anew
+  const auto start_anew = [this] {  // what is half read
     active_.clear();
     tables_.clear_rows();
+  };
+  Found found;
+  try {
+    found = read_rows(groups, state, numbers);
+  } catch (...) {
+    start_anew();
+    throw;
+  }
+  if (found != Found::kReady && found != Found::kFresh) {
+    start_anew();
     return found;
   }
   if (rows_changed_) {
@@ -195,7 +206,8 @@ Found Plan::read_rows(PyObject* groups, PyObject* state,
       walk_on();
     } else {
       inner = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(state, record.param));
-      if (!inner) PyErr_Clear();
+      // A tensor's hash is made by Python, where a signal may raise.
+      if (!inner && PyErr_Occurred() != nullptr) throw py::error_already_set();
     }
     if (inner && !PyDict_Check(inner.ptr())) inner = py::object();
     PyObject* grad = gradient(record.param);
@@ -259,6 +271,7 @@ void Plan::fill_hypers(const std::vector<std::vector<double>>& numbers) {
     std::array<int64_t, kMaxScalars> counted = {};  // the bits of their values
     auto operator<=>(const Key&) const = default;
   };
+  const cpu::ContractMode mode;  // a subnormal scalar is none where the user flushes them
   std::map<Key, int32_t> known;
   Key last;
   size_t group = 0;
@@ -343,7 +356,8 @@ bool Plan::stands_at(size_t r, size_t k, int64_t address) const {
 // A lazily negated view has the bytes of its opposite.
 bool Plan::is_negated(PyObject* tensor) const {
   PyObject* negated = PyObject_CallOneArg(interface_.is_neg, tensor);
-  Py_XDECREF(negated);
+  if (negated == nullptr) throw py::error_already_set();
+  Py_DECREF(negated);
   return negated != Py_False;
 }
 
@@ -360,13 +374,16 @@ bool Plan::lies_within(PyObject* tensor, const Read& read) {
     const auto offset = asked.attr("storage_offset")().cast<int64_t>();
     const auto bytes = asked.attr("untyped_storage")().attr("nbytes")().cast<int64_t>();
     return (offset + reach) * (t.dtype.bits / 8) <= bytes;
-  } catch (const py::error_already_set&) {
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt
+    return false;
+  } catch (const py::cast_error&) {
     return false;
   }
 }
 
-// The same of all that a row writes. A storage that is resized moves, so this is asked again where
-// something has moved.
+// The same of all that a row writes. A storage that is resized mostly moves, so this is asked again
+// where something has moved, and of a large row at every step.
 bool Plan::all_lie_within(const Pending& row, uint32_t present, const int64_t* addresses) {
   uint64_t where = 1;
   mix(&where, static_cast<uint64_t>(size_of(row.roles[kParam].tensor)) << 3 |
@@ -375,7 +392,7 @@ bool Plan::all_lie_within(const Pending& row, uint32_t present, const int64_t* a
     if (role != kGrad) mix(&where, static_cast<uint64_t>(addresses[role]));
   }
   const auto hash = static_cast<uint32_t>(where >> 32) | 1u;
-  if (within_[row.r] == hash) return true;
+  if (within_[row.r] == hash && size_of(row.roles[kParam].tensor) < kAskedAnew) return true;
   for (int64_t role = 0; role < tables_.width(); ++role) {
     if (role == kGrad || (present >> role & 1u) == 0) continue;
     const bool average = averages_ && role + 1 == tables_.width();

@@ -52,13 +52,17 @@ constexpr StorageType kStorageTypes[cpu::kStorages] = {
     {kFloat64, kFloat64}, {kFloat32, kFloat32},  {kBfloat16, kBfloat16},
     {kFloat16, kFloat16}, {kBfloat16, kFloat32}, {kFloat16, kFloat32}};
 
+// Elements from which a row is asked at every step whether its tensors lie within their storages: 2
+// us beside 60. Of a small one that would double what it takes.
+constexpr int64_t kAskedAnew = int64_t{1} << 16;
+
 class Plan {
  public:
   struct Interface {  // what the plan needs of torch
     const dlpack::ExchangeApi* exchange;
     PyObject* grad;                    // the descriptor of Tensor.grad
     PyObject* is_neg;                  // Tensor.is_neg: a lazily negated view has the wrong bytes
-    PyObject* increment_version;       // torch.autograd.graph.increment_version
+    PyObject* increment_version;       // torch._C._increment_version
     PyObject* tensor_list;             // makes a list of torch's own from tensors, or None
     std::vector<PyTypeObject*> types;  // those whose memory is theirs, no dispatching subclass
     dlpack::Device device{dlpack::kCpu, 0};

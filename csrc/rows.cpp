@@ -304,10 +304,13 @@ bool Plan::enter_row(Pending& pending) {
   if (interface_.remote && row.layout >= 0) return false;
   const bool is_new = rows_changed_ || k >= tables_.rows.size() ||
                       tables_.rows[k].size != row.size || active_[k] != static_cast<int32_t>(r);
-  // A gradient that autograd has just made is within its storage.
+  // A small gradient that autograd has just made is taken to be within its storage.
   const bool moves =
       is_new || tables_.addresses[k * static_cast<size_t>(width) + kGrad] != addresses[kGrad];
-  if (moves && pending.known_grad && !lies_within(pending.grad, roles[kGrad])) return false;
+  if (((moves && pending.known_grad) || row.size >= kAskedAnew) &&
+      !lies_within(pending.grad, roles[kGrad])) {
+    return false;
+  }
   if (is_new) {
     if (!rows_changed_) drop_rows_from(k);  // the rest of the table is written anew
     tables_.add_row(row, addresses, pending.scalars);

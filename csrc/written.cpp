@@ -123,8 +123,8 @@ bool Plan::written_apart() {
   std::vector<std::pair<Interval, Written>> sorted;
   bool apart = true;
   for (size_t k = 0; k < active_.size(); ++k) {
-    if (tables_.rows[k].size == 0) continue;
     for (uint32_t column = 0; column < columns; ++column) {
+      if (tables_.rows[k].size == 0 && role_of(column) >= 0) continue;  // but its step is counted
       const Written written = static_cast<uint32_t>(k) * columns + column;
       const Interval at = interval(written);
       if (at.start == 0) continue;  // state that is not there yet, a rule without a counter
@@ -193,6 +193,7 @@ uint64_t Plan::fingerprint() const {
   for (const Row& row : tables_.rows) {
     mix(&hash, static_cast<uint64_t>(row.size));
     mix(&hash, static_cast<uint64_t>(row.step));
+    mix(&hash, static_cast<uint64_t>(row.layout));
   }
   for (const int64_t address : tables_.addresses) mix(&hash, static_cast<uint64_t>(address));
   for (const int64_t scalar : tables_.scalars) mix(&hash, static_cast<uint64_t>(scalar));

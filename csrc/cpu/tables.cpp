@@ -96,13 +96,13 @@ void Tables::cut() {
   for (size_t r = 0; r < rows.size(); ++r) {
     if (waves_.empty() || wave + rows[r].size > kWaveElements) {
       waves_.push_back(static_cast<int64_t>(items_.size()));
-      filled = kItemElements;  // a new item
+      filled = kItemElements + 1;  // a new item, of an empty row too
       wave = 0;
     }
     wave += rows[r].size;
     for (int64_t chunk = 0; chunk < chunks_of(rows[r].size); ++chunk) {
       const int64_t count = std::min(kChunk, rows[r].size - chunk * kChunk);
-      if (items_.empty() || filled + count > kItemElements) {  // the first row may be empty
+      if (filled + count > kItemElements) {
         items_.push_back(static_cast<int64_t>(r) << 32 | chunk);
         filled = 0;
       }

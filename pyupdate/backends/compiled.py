@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from ..pytorch.checks import STORAGES
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row
@@ -23,7 +22,8 @@ def plan_of(
     return kind(
         tensor_type=torch.Tensor,
         types=list(types),
-        increment_version=increment_version,
+        # Not torch.autograd.graph's, in whose Python a signal may raise between check and step.
+        increment_version=torch._C._increment_version,
         tensor_list=getattr(torch._C, "ScriptList", None),
         groups=[
             (rule.rule.name, list(rule.rule.state), list(rule.rule.scalars), rule.counts_steps)

@@ -81,7 +81,7 @@ class Part:
         self._counters: dict[int, tuple[object, int]] = {}
         self._lacking: frozenset[int] = frozenset()
         self._made: frozenset[int] = frozenset()
-        self._listed: list[int] | None = None
+        self._listed: list[list[int]] | None = None
         self._waiting: list[tuple[int, Row]] = []  # rows that this step has not written yet
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
@@ -91,7 +91,8 @@ class Part:
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
-        listed = [id(param) for group in inputs.groups for param in group["params"]]
+        # Also what is moved from the end of a group to the beginning of the next.
+        listed = [list(map(id, group["params"])) for group in inputs.groups]
         if self._listed is None:
             self._listed = listed
         if self._listed != listed:

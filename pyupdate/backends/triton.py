@@ -104,7 +104,7 @@ class Part:
         self._tables: Tables | None = None
         self._active: list[int] = []
         self._seen: list[Any] | None = None
-        self._listed: list[int] | None = None
+        self._listed: list[list[int]] | None = None
         self._counters = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
         self._counted: dict[int, object] = {}  # by which buffer a counter of ours is known
         self._lacking: frozenset[int] = frozenset()
@@ -157,7 +157,8 @@ class Part:
         elif self._only_gradients_moved(seen):
             self._seen = seen
             return []
-        listed = [id(param) for group in inputs.groups for param in group["params"]]
+        # Also what is moved from the end of a group to the beginning of the next.
+        listed = [list(map(id, group["params"])) for group in inputs.groups]
         if self._listed is None:
             self._listed = listed
         if self._listed != listed:
