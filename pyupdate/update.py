@@ -53,7 +53,8 @@ def update_model(
         tape: for a Keras model the ``tf.GradientTape`` that recorded the loss, inside or after its
             ``with`` block. None for a torch model.
         retain_graph: True keeps the graph for another call. Give False at the last use of a graph:
-            its memory is freed earlier.
+            its memory is freed earlier. Graphs that torch.compile's backward passes share memory
+            with cannot be kept: a RuntimeError says what to do.
         scaler: a ``torch.amp.GradScaler``; the step is skipped if a gradient is not finite. What is
             in ``.grad`` already must carry its current scale. Call ``scaler.update()`` yourself,
             once per iteration, after all models' updates. A disabled scaler acts as None.

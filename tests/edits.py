@@ -204,6 +204,16 @@ def replace_parameter(side: Side) -> None:
     side.optimizer.state.pop(old, None)
 
 
+def move_a_boundary(side: Side) -> None:
+    """The last parameter of the first group becomes the first of a second one, or goes back."""
+    groups = side.optimizer.param_groups
+    if len(groups) == 1:
+        last = groups[0]["params"].pop()
+        side.optimizer.add_param_group({"params": [last], "lr": 0.03})
+    elif len(groups[0]["params"]) > 1:
+        groups[1]["params"].insert(0, groups[0]["params"].pop())
+
+
 def new_list_of_groups(side: Side) -> None:
     groups = side.optimizer.param_groups
     first = {**groups[0], "params": groups[0]["params"][:1]}
@@ -253,6 +263,7 @@ EDITS: dict[str, Callable[[Side], None]] = {
         append_to_group,
         remove_from_group,
         reverse_group,
+        move_a_boundary,
         new_list_of_params,
         replace_parameter,
         new_list_of_groups,

@@ -97,6 +97,7 @@ class _Due:
     def settle(self) -> None:
         """Drop what was waiting, because it was applied."""
         gradients.drop(self.params)
+        gradients.drop_frozen(self.model)
         _pending.pop(self.model)
 
 

@@ -99,6 +99,8 @@ def update(
         return
     if not waits:
         gradients.drop(params)
+        if window is not None:
+            gradients.drop_frozen(model)
     deferral.settle(model, name, deferred)
 
 
