@@ -56,7 +56,8 @@ def build(
         **arguments: `pyupdate.options.Options` by name, such as ``max_norm`` (of a Keras model:
             ``max_norm``, ``clip_value``, ``skip_nonfinite``, ``ema_decay`` and
             ``accumulation_steps``). With any of them, an
-            optimizer of torch's is accelerated (`pyupdate.accelerate`). Where `optimizer` is a name
+            optimizer of torch's is accelerated (`pyupdate.accelerate`), and one of ours has these
+            from then on, instead of those that it had. Where `optimizer` is a name
             or a rule, also what its class takes besides the parameters, such as ``lr``.
 
     Returns:

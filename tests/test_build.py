@@ -14,6 +14,7 @@ from training import assert_same, loss_of, network, plain_step
 
 import pyupdate
 from pyupdate import build, update_model
+from pyupdate.options import Options
 from pyupdate.pytorch import engines
 
 STOCK = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -223,3 +224,14 @@ def test_errors_name_parameters_as_the_model_does(attach):
         update_model(other, other(torch.ones(1, 2)))
     with pytest.raises(TypeError, match=r"'table\.weight'"):
         update_model(model, model["body"](model["table"](torch.tensor([1]))))
+
+
+def test_options_take_the_place_of_those_that_an_optimizer_of_ours_has():
+    model = nn.Linear(3, 1)
+    optimizer = pyupdate.optim.SGD(model.parameters(), lr=1.0, max_norm=0.5, clip_value=0.25)
+    pyupdate.build(model, optimizer)
+    assert optimizer.pyupdate_options == Options(max_norm=0.5, clip_value=0.25)
+    pyupdate.build(model, optimizer, max_norm=None)
+    assert optimizer.pyupdate_options == Options()
+    stock = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert type(pyupdate.build(model, stock, max_norm=None).current_optimizer) is torch.optim.SGD

@@ -52,6 +52,7 @@ def attach(
 
 def _optimizer(params: list[nn.Parameter], optimizer: Any, arguments: dict[str, Any]) -> Any:
     from pyupdate import optim
+    from pyupdate.optim.planned import Planned
 
     if isinstance(optimizer, str):
         named = {name.lower(): kind for name, kind in optim.CLASSES.items()}
@@ -77,6 +78,8 @@ def _optimizer(params: list[nn.Parameter], optimizer: Any, arguments: dict[str, 
             "model's parameters and returns one"
         )
         raise ValueError(message)
-    if not Options(**arguments).asked_for:
+    # Where it has options already, a default that is given is one too: max_norm=None clips no more.
+    had = arguments and isinstance(made, Planned)
+    if not Options(**arguments).asked_for and not had:
         return made
     return optim.accelerate(made, **arguments)
