@@ -33,7 +33,7 @@ _CHANGED_BEFORE = (
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The model's parameters that require gradients, each once, in ``model.parameters()``'s order."""
+    """The model's parameters that require gradients, each once, in the model's order."""
     return [param for param in _every(model) if param.requires_grad]
 
 
