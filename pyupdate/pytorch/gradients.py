@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,9 @@ def _every(model: nn.Module) -> Iterable[nn.Parameter]:
     found: list[nn.Parameter | None] = []
     seen: set[nn.Module] = set()
     _walk((model,), found, seen)
-    return [param for param in {id(param): param for param in found}.values() if param is not None]
+    each = {id(param): param for param in found}
+    each.pop(id(None), None)  # a bias that is not there
+    return cast("Iterable[nn.Parameter]", each.values())
 
 
 def _walk(
