@@ -12,7 +12,7 @@
 #   make bench-check  a few ratios to torch again, beside the committed ones: three minutes
 #   make check-memory  tests of layouts and memory with the compiled module under sanitizers
 #   make predicted  bytes and launches on GPUs, counted, and the times that they allow
-#   make cuda     the CUDA module for every architecture, beside the sources: needs nvcc, no GPU, and four to seven minutes (ARCHS="90")
+#   make cuda     the CUDA module for every architecture, beside the sources: needs nvcc, no GPU, and four minutes (ARCHS="90")
 #   make gpu-emulate  every rule, storage and option of the CUDA kernels, run on the CPU, also under sanitizers and by their PTX
 #   make gpu      all that waits for a GPU: tests on it, sanitizers, graphs, benchmarks (RESULTS=folder); makes no .venv
 #   make gpu-static  registers, loads and arithmetic of every CUDA kernel's machine code (ARCHS="90", WRITE=1)
