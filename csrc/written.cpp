@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a plan writes: that no byte of it is shared, and how autograd hears of it.
+// What a plan writes: that no byte of it is shared or outside of its storage, and how autograd
+// hears of it.
+#include <pybind11/cast.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -185,6 +188,49 @@ bool Plan::apart(const std::vector<const Plan*>& plans) {
       if (grad.start < gap.start || grad.end > gap.end) return false;
     }
   }
+  return true;
+}
+
+// Whether a tensor's elements are in its storage: if that is resized, tensors stay as they are.
+bool Plan::lies_within(PyObject* tensor, const Read& read) {
+  const dlpack::Tensor& t = read.tensor;
+  int64_t reach = 1;
+  for (int32_t d = 0; d < t.ndim; ++d) {
+    if (t.shape[d] == 0) return true;
+    reach += (t.shape[d] - 1) * t.strides[d];
+  }
+  try {
+    const py::handle asked(tensor);
+    const auto offset = asked.attr("storage_offset")().cast<int64_t>();
+    const auto bytes = asked.attr("untyped_storage")().attr("nbytes")().cast<int64_t>();
+    return (offset + reach) * (t.dtype.bits / 8) <= bytes;
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt
+    return false;
+  } catch (const py::cast_error&) {
+    return false;
+  }
+}
+
+// The same of all that a row writes. A storage that is resized mostly moves, so this is asked again
+// where something has moved, and of a large row at every step.
+bool Plan::all_lie_within(const Pending& row, uint32_t present, const int64_t* addresses) {
+  uint64_t where = 1;
+  mix(&where, static_cast<uint64_t>(size_of(row.roles[kParam].tensor)) << 3 |
+                  static_cast<uint64_t>(row.storage));
+  for (int64_t role = 0; role < tables_.width(); ++role) {
+    if (role != kGrad) mix(&where, static_cast<uint64_t>(addresses[role]));
+  }
+  const auto hash = static_cast<uint32_t>(where >> 32) | 1u;
+  if (within_[row.r] == hash && size_of(row.roles[kParam].tensor) < kAskedAnew) return true;
+  for (int64_t role = 0; role < tables_.width(); ++role) {
+    if (role == kGrad || (present >> role & 1u) == 0) continue;
+    const bool average = averages_ && role + 1 == tables_.width();
+    PyObject* tensor = role == kParam ? records_[row.r].param
+                                      : row.found[average ? columns() - 1 : role - kFirstState];
+    if (!lies_within(tensor, row.roles[role])) return false;
+  }
+  within_[row.r] = hash;
   return true;
 }
 

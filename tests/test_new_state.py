@@ -74,6 +74,13 @@ def test_common_memory_is_bounded(monkeypatch):
     assert sorted(blocks) == [1 << 11] * 2 + [1 << 12] * 4  # 4, 4 and 2 of 1 KiB, of two moments
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (2, 1, 3), (1,), ()], ids=str)
+def test_strides_are_torchs(shape, backend):
+    (param,), optimizer = stepped((shape,))
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert optimizer.state[param][key].stride() == torch.zeros_like(param).stride()
+
+
 def test_neighbours_are_not_touched():
     params, optimizer = stepped(SMALL)
     before = [optimizer.state[param]["exp_avg"].clone() for param in params]

@@ -223,6 +223,22 @@ def test_what_was_frozen_before_its_step_leaves_no_gradient_behind(way, backend)
     torch.testing.assert_close(model.weight.detach(), before - 0.5)
 
 
+def test_a_frozen_part_keeps_what_waits_for_the_step_of_its_own_model(backend):
+    critic = pyupdate.build(nn.Linear(1, 1), "sgd", lr=0.5, accumulation_steps=2)
+    actor = nn.Linear(2, 1)
+    both = nn.Sequential(actor, critic)
+    pyupdate.build(both, pyupdate.optim.SGD(actor.parameters(), lr=0.5, accumulation_steps=2))
+    before = critic.weight.detach().clone()
+    pyupdate.update_model(critic, critic(torch.ones(1, 1)))
+    critic.requires_grad_(False)
+    for _ in range(2):
+        pyupdate.update_model(both, both(torch.ones(1, 2)))
+    critic.requires_grad_(True)
+    assert critic.weight.grad is not None
+    pyupdate.update_model(critic, critic(torch.ones(1, 1)))
+    torch.testing.assert_close(critic.weight.detach(), before - 0.5)
+
+
 def test_a_graph_whose_memory_torch_compile_reuses_is_refused_with_the_mend(monkeypatch):
     model = pyupdate.build(nn.Linear(2, 1), "sgd", lr=0.5)
 

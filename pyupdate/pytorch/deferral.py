@@ -97,7 +97,7 @@ class _Due:
     def settle(self) -> None:
         """Drop what was waiting, because it was applied."""
         gradients.drop(self.params)
-        gradients.drop_frozen(self.model)
+        gradients.drop_frozen(self.model, apply.held(self.optimizer))
         _pending.pop(self.model)
 
 

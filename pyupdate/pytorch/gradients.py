@@ -37,9 +37,15 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in _every(model) if param.requires_grad]
 
 
-def drop_frozen(model: nn.Module) -> None:
-    """Drop what waited for a step in parameters that were frozen since: none takes it."""
-    drop([param for param in _every(model) if not param.requires_grad and param.grad is not None])
+def drop_frozen(model: nn.Module, held: Iterable[Tensor]) -> None:
+    """Drop what waited for a step in parameters that were frozen since: none takes it.
+
+    Of those that the optimizer holds: a frozen part of the model may wait for a step of another's.
+    """
+    waiting = [param for param in held if not param.requires_grad and param.grad is not None]
+    if waiting:
+        ours = set(map(id, _every(model)))
+        drop([param for param in waiting if id(param) in ours])
 
 
 def _every(model: nn.Module) -> Iterable[nn.Parameter]:

@@ -76,10 +76,10 @@ class _CommonMemory:
             size = min(self._left, COMMON // new.dtype.itemsize)
             self._block = torch.zeros(size, dtype=new.dtype, device=new.param.device)
             self._used = 0
-        found = self._block[self._used : self._used + new.shape.numel()].view(new.shape)
+        found = _with_a_storage(self._block[self._used : self._used + new.shape.numel()])
         self._used += new.room
         self._left -= new.room
-        return _with_a_storage(found)
+        return found.view(new.shape)
 
 
 def make_state(
@@ -117,7 +117,7 @@ def make_state(
 
 
 def _with_a_storage(part: torch.Tensor) -> torch.Tensor:
-    """The same memory under a storage of its own, of this size: pickled, copied, it goes alone.
+    """The same flat memory under a storage of its own and of its size: a pickle of it is no larger.
 
     pickle writes the storage of each tensor: of 1,000 of 256 elements it made 2 GB, each with all.
     """

@@ -100,7 +100,7 @@ def update(
     if not waits:
         gradients.drop(params)
         if window is not None:
-            gradients.drop_frozen(model)
+            gradients.drop_frozen(model, apply.held(optimizer))
     deferral.settle(model, name, deferred)
 
 
