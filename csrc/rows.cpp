@@ -8,7 +8,6 @@
 // frame.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "refresh.h"
 
@@ -35,8 +34,16 @@ bool is_contiguous(const dlpack::Tensor& t) {
   return true;
 }
 
+// Of a few elements: std::equal calls memcmp, which takes longer than they do.
+template <class T>
+bool same(const T* a, const T* b, size_t count) {
+  bool all = true;
+  for (size_t i = 0; i < count; ++i) all &= a[i] == b[i];
+  return all;
+}
+
 bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+  return a.ndim == b.ndim && same(a.shape, b.shape, static_cast<size_t>(a.ndim));
 }
 
 DataType type_of(const dlpack::Tensor& t) { return {t.dtype.code, t.dtype.bits}; }
@@ -248,8 +255,8 @@ bool Plan::enter_row(Pending& pending) {
   const Read* roles = pending.roles;
   const bool fresh =
       pending.present != states + group.scalar_keys.size() + (group.has_step ? 1 : 0);
-  const bool moved = !std::equal(found, found + states, held) ||
-                     (averages_ && found[columns - 1] != held[columns - 1]);
+  const bool moved =
+      !same(found, held, states) || (averages_ && found[columns - 1] != held[columns - 1]);
   if (moved && any_negated(found, columns)) return false;
   if (interface_.remote) note_history(r, group, found);
   for (size_t s = 0; s < states; ++s) {
@@ -321,15 +328,14 @@ bool Plan::enter_row(Pending& pending) {
   int64_t* at = &tables_.addresses[k * static_cast<size_t>(width)];
   grads_moved_ = grads_moved_ || moves;
   addresses[kGrad] = at[kGrad] = roles[kGrad].address;
-  if (stands.step != row.step ||
-      std::memcmp(at, addresses, static_cast<size_t>(width) * sizeof(int64_t)) != 0) {
+  if (stands.step != row.step || !same(at, addresses, static_cast<size_t>(width))) {
     written_moved_ = true;
-    std::memcpy(at, addresses, static_cast<size_t>(width) * sizeof(int64_t));
+    std::copy_n(addresses, width, at);
   }
   const auto scalars = static_cast<size_t>(scalars_);
   if (scalars > 0) {
     int64_t* stand = &tables_.scalars[k * scalars];
-    written_moved_ = written_moved_ || !std::equal(stand, stand + scalars, pending.scalars);
+    written_moved_ = written_moved_ || !same(stand, pending.scalars, scalars);
     std::copy_n(pending.scalars, scalars, stand);
   }
   stands.step = row.step;
