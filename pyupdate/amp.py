@@ -134,6 +134,8 @@ def tell(scaler: GradScaler | None, optimizer: torch.optim.Optimizer, update: La
     if scaler is None or not scaler.is_enabled():
         return
     state = _state_of(scaler, optimizer)
+    if state["stage"] is OptState.STEPPED:
+        return  # who was interrupted tells it again
     if state.pop(_COUNTED, False) and not any(
         _COUNTED in each for each in scaler._per_optimizer_states.values()
     ):  # micro-batches were counted since the last update(), which will now count a step

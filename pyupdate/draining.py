@@ -68,8 +68,8 @@ def drain(deferred: MutableMapping[str, list[Callable[[], None]]]) -> None:
             "would be called again, or by another thread; leave that call out"
         )
         raise RuntimeError(message)
-    _drained.add(id(deferred))
     try:
+        _drained.add(id(deferred))
         _make_all(deferred)
     finally:
         _drained.discard(id(deferred))

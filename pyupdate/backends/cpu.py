@@ -18,6 +18,7 @@ from ..options import LastUpdate
 from ..pytorch.joining import Joining
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
+from ..pytorch.uninterrupted import answer
 from . import AUTO, choice, say_once
 from .compiled import plan_of
 
@@ -165,7 +166,6 @@ class Part:
     """The rows of a plan that one compiled module steps."""
 
     reads_scaling = False
-    unwritten = ()
 
     def __init__(
         self, rows: Sequence[Row], rules: Sequence[GroupRule], module: Any, averages: bool
@@ -177,6 +177,8 @@ class Part:
         self._found = module.Found
         self._ready = module.Found.READY
         self._plan = plan_of(module.Plan, rows, rules, averages)
+        self._answers: list[Any] = []  # of what this step has asked the compiled plan to write
+        self._reduces = False
 
     @property
     def nbytes(self) -> int:
@@ -185,19 +187,44 @@ class Part:
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
         """The whole step in one parallel region; None, and nothing done, where state is missing."""
-        found, noticed, norm, _, skipped, multiplier = self._plan.step(
+        self._reduces = request.reduce
+        groups, state, numbers, threads = (
             inputs.groups,
             inputs.state,
             inputs.numbers,
-            request,
             self._threads(),
         )
+        answer(self._answers, self._plan.step, groups, state, numbers, request, threads)
+        found, noticed, *_ = self._answers[-1]
         if found is not self._ready and found != self._ready:
+            self._answers.clear()
             if found == self._found.FRESH:
                 return None
             self._settle(found, noticed, inputs)
             return self.step(inputs, request, scaling)
-        return LastUpdate(norm if request.reduce else None, skipped, multiplier)
+        return self.made
+
+    def begin(self) -> None:
+        """Forget what the last step has done."""
+        self._answers.clear()
+
+    @property
+    def made(self) -> LastUpdate | None:
+        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+        if not self._answers or self._answers[-1] is None or self._answers[-1][0] != self._ready:
+            return None
+        _, _, norm, _, skipped, multiplier = self._answers[-1]
+        return LastUpdate(norm if self._reduces else None, skipped, multiplier)
+
+    @property
+    def wrote(self) -> bool:
+        """Whether this step's `apply` has written all of its rows."""
+        return bool(self._answers)
+
+    @property
+    def unwritten(self) -> Sequence[Row]:
+        """Where a step raised: the rows that it is known to have left as they were."""
+        return () if self.wrote else self.rows
 
     def state_was_made(self) -> None:
         """Nothing to note: the compiled plan sees what there is."""
@@ -211,13 +238,14 @@ class Part:
         asked = []
         for part, inputs, request, _ in joinings:
             asked.append((part._plan, inputs.groups, inputs.state, inputs.numbers, request))
-        answers = module.step_together(asked, forks.threads())
-        if not answers:
-            return None
-        return [
-            LastUpdate(norm if one.request.reduce else None, skipped, multiplier)
-            for one, (_, _, norm, _, skipped, multiplier) in zip(joinings, answers, strict=True)
-        ]
+        joint: list[Any] = []
+        try:
+            answer(joint, module.step_together, asked, forks.threads())
+            return _noted(joinings, joint[0])
+        except BaseException:
+            if joint:  # an interrupt behind the step
+                _noted(joinings, joint[0])
+            raise
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
@@ -236,8 +264,16 @@ class Part:
 
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
-        self._plan.apply(
-            inputs.groups, inputs.state, inputs.numbers, request, multiplier, self._threads()
+        groups, state, numbers = inputs.groups, inputs.state, inputs.numbers
+        answer(
+            self._answers,
+            self._plan.apply,
+            groups,
+            state,
+            numbers,
+            request,
+            multiplier,
+            self._threads(),
         )
 
     def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
@@ -254,3 +290,15 @@ class Part:
         else:
             message = "the optimizer's parameters"
             raise Stale(message)
+
+
+def _noted(joinings: Sequence[Joining], answers: Sequence[Any]) -> list[LastUpdate] | None:
+    """What a joint step did, noted in each part; None where it was not made."""
+    if not answers:
+        return None
+    made = []
+    for (part, _, request, _), answered in zip(joinings, answers, strict=True):
+        part._answers[:] = [answered]
+        part._reduces = request.reduce
+        made.append(part.made)
+    return made

@@ -20,6 +20,7 @@ from ..pytorch.joining import Joining
 from ..pytorch.new_state import make_state
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row
+from ..pytorch.uninterrupted import answer
 from . import AUTO, say_once
 from .compiled import plan_of, runs_of, settle
 from .cuda_memory import Memory, refuse_capture
@@ -102,7 +103,7 @@ def part(
 class Part:
     """The rows of a plan on one device."""
 
-    reads_scaling, unwritten = True, ()
+    reads_scaling = True
 
     def __init__(
         self,
@@ -118,6 +119,8 @@ class Part:
         self._found = module.Found
         self._module = module
         self._together: Together | None = None
+        self._answers: list[Any] = []  # of what this step has asked the compiled plan to write
+        self._asked: tuple[Asked, Scaling] | None = None
         self._outcome: torch.Tensor | None = None  # of a step that several devices make
         self._scale: torch.Tensor | None = None
         self._counts = torch.zeros(len(rows), dtype=torch.float64, device=device)
@@ -141,26 +144,61 @@ class Part:
         """The whole step; None, and nothing done, where it must be made in parts."""
         if not can_be_read_there(scaling):
             return None
-        outcome = new_outcomes(self._device)
-        asked = self.asked(inputs, request, scaling, outcome)
+        asked = self.asked(inputs, request, scaling, new_outcomes(self._device))
+        self._asked = asked, scaling
         made: list[tuple[torch.Tensor, str]] = []
         try:
             while True:
-                found, noticed = self.plan.step(
-                    inputs.groups, inputs.state, *asked.of_plan, self._memory.send
-                )
+                groups, state, send = inputs.groups, inputs.state, self._memory.send
+                answer(self._answers, self.plan.step, groups, state, *asked.of_plan, send)
+                found, noticed = self._answers[-1]
                 if found == self._found.READY:
                     break
+                self._answers.clear()
                 if found == self._found.FRESH:
                     self._make_state(noticed, inputs, made)
                 else:
                     self._settle(found, noticed, inputs)
         except BaseException:
-            self.plan.state_was_made(False)
-            for param, key in made:
-                inputs.state[param].pop(key, None)
+            if self.made is None:
+                self.plan.state_was_made(False)
+                for param, key in made:
+                    inputs.state[param].pop(key, None)
             raise
-        return what_was_done(outcome, asked.request, scaling, asked.flag)
+        return self.made
+
+    def note(self, asked: Asked, scaling: Scaling) -> LastUpdate:
+        """What it has done in a joint step."""
+        self._asked = asked, scaling
+        self._answers[:] = [(self._found.READY, [])]
+        made = self.made
+        assert made is not None
+        return made
+
+    def begin(self) -> None:
+        """Forget what the last step has done."""
+        self._answers.clear()
+
+    @property
+    def made(self) -> LastUpdate | None:
+        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+        if not self._answers or self._answers[-1] is None or self._asked is None:
+            return None
+        if self._answers[-1][0] != self._found.READY:
+            return None
+        asked, scaling = self._asked
+        assert asked.outcome is not None
+        return what_was_done(asked.outcome, asked.request, scaling, asked.flag)
+
+    @property
+    def wrote(self) -> bool:
+        """Whether this step's `apply` has written all of its rows."""
+        return bool(self._answers) or not self.plan.active()
+
+    @property
+    def unwritten(self) -> Sequence[Row]:
+        """Where a step raised: the rows that it is known to have left as they were."""
+        return () if self.wrote else self.rows
 
     def asked(
         self,
@@ -313,14 +351,17 @@ class Part:
             return
         outcome = new_outcomes(self._device)
         numbers, number_at = self._numbers(inputs)
-        self.plan.apply(
+        places = (outcome.data_ptr(), 0, 0)
+        answer(
+            self._answers,
+            self.plan.apply,
             inputs.groups,
             inputs.state,
             numbers,
             number_at,
             request,
             multiplier,
-            (outcome.data_ptr(), 0, 0),
+            places,
             self._memory.send,
         )
 

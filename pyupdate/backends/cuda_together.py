@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..options import LastUpdate
+from ..pytorch.uninterrupted import answer
 from .cuda_memory import Memory
-from .cuda_step import DOUBLES, new_outcomes, what_was_done
+from .cuda_step import DOUBLES, Asked, new_outcomes
 
 if TYPE_CHECKING:
     from ..pytorch.joining import Joining
@@ -47,9 +48,18 @@ class Together:
             (one.part.plan, one.inputs.groups, one.inputs.state, *ask.of_plan)
             for one, ask in zip(joinings, asked, strict=True)
         ]
-        if not self._joint.step(joined, outcomes.data_ptr(), self._memory.send):
-            return None
-        return [
-            what_was_done(outcome, ask.request, one.scaling, ask.flag)
-            for outcome, ask, one in zip(outcomes.view(-1, DOUBLES), asked, joinings, strict=True)
-        ]
+        places = outcomes.view(-1, DOUBLES)
+        asked = [ask._replace(outcome=at) for ask, at in zip(asked, places, strict=True)]
+        answers: list[bool] = []
+        try:
+            answer(answers, self._joint.step, joined, outcomes.data_ptr(), self._memory.send)
+            return _noted(joinings, asked) if answers[0] else None
+        except BaseException:
+            if answers and answers[0]:  # an interrupt behind the step
+                _noted(joinings, asked)
+            raise
+
+
+def _noted(joinings: Sequence[Joining], asked: Sequence[Asked]) -> list[LastUpdate]:
+    """What a joint step did, noted in each part."""
+    return [one.part.note(ask, one.scaling) for one, ask in zip(joinings, asked, strict=True)]

@@ -73,6 +73,7 @@ class Part:
 
     nbytes = 0
     reads_scaling = False
+    made = None
 
     def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule]) -> None:
         self.rows = rows
@@ -88,6 +89,10 @@ class Part:
         """Nothing: its steps are made in parts."""
         del inputs, request, scaling
         return None
+
+    def begin(self) -> None:
+        """Forget what the last step has done."""
+        self._waiting = self._active()
 
     def check(self, inputs: Inputs) -> list[int]:
         """Refuse what is not right; the rows that have a gradient and no state yet."""
@@ -144,8 +149,13 @@ class Part:
         self._made = frozenset()
 
     @property
+    def wrote(self) -> bool:
+        """Whether this step's `apply` has written all of its rows."""
+        return not self._waiting
+
+    @property
     def unwritten(self) -> Sequence[Row]:
-        """Where `apply` raised: the rows that are as they were."""
+        """Where a step raised: the rows that are as they were."""
         return [row for _, row in self._waiting]
 
     def _active(self) -> list[tuple[int, Row]]:

@@ -31,9 +31,9 @@ from ..pytorch.rows import (
     lacks_average,
 )
 from . import say_once
-from .plain import is_plain, mend
+from .plain import mend
 from .triton_memory import address, refuse_capture, tagged, versions
-from .triton_rows import MAX_SCALARS, MAX_STATES, Drawn, Entry, Rows
+from .triton_rows import Drawn, Entry, Rows, why_not_row
 from .triton_step import Asked, what_was_done
 from .triton_together import Together, step_together
 
@@ -55,15 +55,6 @@ def why_not() -> str | None:
 def _is_there(kind: str) -> bool:
     module: Any = getattr(torch, kind, None)
     return module is not None and bool(module.is_available())
-
-
-def why_not_row(row: Row, rule: Rule) -> str | None:
-    """The reason why a parameter must be stepped by another back end, None if it need not."""
-    if len(rule.state) > MAX_STATES or len(rule.scalars) > MAX_SCALARS:
-        return f"rule '{rule.name}' keeps more than the kernels take"
-    if not is_plain(row.param):
-        return f"parameter '{row.name}' does not lie in plain memory"
-    return None
 
 
 def home(row: Row, rule: Rule, chosen: str) -> torch.device | None:
@@ -91,6 +82,7 @@ class Part:
 
     reads_scaling = True
     unwritten = ()
+    made = None  # Python makes its launches: an interrupt may come between two of them
 
     def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule], averages: bool) -> None:
         self.rows = rows
@@ -114,6 +106,8 @@ class Part:
         self._written: list[torch.Tensor] = []
         self._held: list[torch.Tensor] = []
         self._versions: list[int] = []
+        self.wrote = False
+        """Whether this step's `apply` has written all of its rows."""
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +131,10 @@ class Part:
         scale, found = scaling.scale_on(self.device), scaling.found_on(self.device)
         unscale, divisor = scaling.unscale, scaling.divisor
         return Asked(request, unscale, divisor, inputs.numbers, scale, found)
+
+    def begin(self) -> None:
+        """Forget what the last step has done."""
+        self.wrote = False
 
     step_together = staticmethod(step_together)
 
@@ -208,6 +206,7 @@ class Part:
             tables = self._ready(asked)
             tables.apply([asked], tables.prepare([asked]))
             self.bump()
+        self.wrote = True
         self._made = frozenset()
 
     def state_was_made(self) -> None:

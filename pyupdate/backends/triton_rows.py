@@ -12,6 +12,8 @@ import torch
 
 from ..kernels.language import Rule
 from ..kernels.reduction import CHUNK
+from ..pytorch.rows import Row
+from .plain import is_plain
 from .triton_memory import Extents
 
 AVERAGE = 6  # the column of the average's address
@@ -120,3 +122,12 @@ class Drawn(NamedTuple):
 def chunks_of(size: int) -> int:
     """How many chunks a row has; one without elements has an empty one."""
     return max(1, -(-size // CHUNK))
+
+
+def why_not_row(row: Row, rule: Rule) -> str | None:
+    """The reason why a parameter must be stepped by another back end, None if it need not."""
+    if len(rule.state) > MAX_STATES or len(rule.scalars) > MAX_SCALARS:
+        return f"rule '{rule.name}' keeps more than the kernels take"
+    if not is_plain(row.param):
+        return f"parameter '{row.name}' does not lie in plain memory"
+    return None

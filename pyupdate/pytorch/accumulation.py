@@ -179,15 +179,15 @@ class Window:
         before = engine.last
         try:
             yield
+            self.close()
         except BaseException:
-            if engine.last is not before:  # a hook has raised behind the step
-                self._close()
+            if engine.last is not before:  # a hook has raised behind the step, or an interrupt
+                self.close()
             raise
         finally:
             engine.micro_batches = 1
-        self._close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Begin anew: what was counted is stepped."""
         self.position = 0
         self.note()

@@ -55,19 +55,20 @@ class DeferredUpdate(Waiting):
         Raises:
             ValueError: no optimizer is attached any more, or the scaler's scale has changed.
             RuntimeError: the scaler's own; gradients of a window of ``accumulation_steps`` are gone
-                or other tensors. After any failure the update still waits, unless a hook has raised
-                behind the step.
+                or other tensors. After any failure the update still waits, unless a hook, or an
+                interrupt, has raised behind the step.
         """
         due = _due(self.model)
         if due is not None:
-            last = engines.last_step(due.optimizer) if engines.has_rule(due.optimizer) else ...
+            stepped = engines.Stepped(due.optimizer)
             try:
                 apply.apply(due.model, due.optimizer, due.params, due.scaler, restore=True)
+                stepped.note()
+                due.settle()
             except BaseException:
-                if last is not ... and engines.last_step(due.optimizer) is not last:
-                    due.settle()  # a hook has raised behind the step
+                if stepped:
+                    due.settle()
                 raise
-            due.settle()
 
     @classmethod
     def make_all(cls, updates: Sequence[DeferredUpdate]) -> Iterator[DeferredUpdate]:
@@ -150,10 +151,17 @@ def _leading(updates: Sequence[DeferredUpdate]) -> tuple[int, list[_Due]]:
 def _step_together(due: Sequence[_Due]) -> bool:
     for one in due:
         apply.ensure_named(one.model, one.optimizer, one.params)
-    if not step.step_together([(one.optimizer, one.params, one.scaler) for one in due]):
-        return False
-    for one in due:
-        one.settle()
+    stepped = [engines.Stepped(one.optimizer) for one in due]
+    try:
+        if not step.step_together([(one.optimizer, one.params, one.scaler) for one in due]):
+            return False
+        for one in due:
+            one.settle()
+    except BaseException:
+        for one, was_stepped in zip(due, stepped, strict=True):
+            if was_stepped:
+                one.settle()
+        raise
     return True
 
 
@@ -210,8 +218,10 @@ def leave(
         _pending[model] = None
     else:
         _pending[model] = _Scale(scaler, scale, scale._version, scale.clone())
-    entry = deferred.setdefault(name, [])
-    if not any(_is_of(update, model) for update in entry):
+    entry = deferred.get(name)
+    if entry is None:
+        deferred[name] = [DeferredUpdate(model)]
+    elif not any(_is_of(update, model) for update in entry):
         entry.append(DeferredUpdate(model))
 
 

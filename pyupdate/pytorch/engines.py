@@ -117,6 +117,23 @@ def has_names(optimizer: Optimizer) -> bool:
     return bool(engine_of(optimizer).names)
 
 
+class Stepped:
+    """Whether an optimizer has made a step since: who raises behind one has not undone it."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer if has_rule(optimizer) else None
+        self._before = None if self._optimizer is None else last_step(self._optimizer)
+        self._noted = False
+
+    def note(self) -> None:
+        """It has: of an optimizer without a rule nobody else knows."""
+        self._noted = True
+
+    def __bool__(self) -> bool:
+        of = self._optimizer
+        return self._noted or (of is not None and last_step(of) is not self._before)
+
+
 def last_step(optimizer: Optimizer) -> LastUpdate | None:
     """What the last planned step of an optimizer did, None before the first."""
     return engine_of(optimizer).last
@@ -144,20 +161,19 @@ def check_options(kind: type[Optimizer], options: Options) -> None:
             raise ValueError(message)
 
 
-class Locked:
-    """Inside, no other thread steps the optimizer; refused where one does."""
+def lock_of(engine: Engine) -> threading.Lock:
+    """The lock inside which an optimizer is stepped.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    It is entered as it is: around a lock's own ``with`` no interrupt leaves it locked for good.
 
-    def __enter__(self) -> None:
-        check_not_swapped(self._engine)
-        if not self._engine.lock.acquire(blocking=False):
-            message = "this optimizer is being stepped by another thread"
-            raise RuntimeError(message)
-
-    def __exit__(self, *raised: object) -> None:
-        self._engine.lock.release()
+    Raises:
+        RuntimeError: it is being stepped, or inside `pyupdate.averaged_weights`.
+    """
+    check_not_swapped(engine)
+    if engine.lock.locked():
+        message = "this optimizer is being stepped by another thread"
+        raise RuntimeError(message)
+    return engine.lock
 
 
 def check_not_swapped(engine: Engine) -> None:

@@ -92,7 +92,7 @@ class Aside:
         grads: the tensors themselves, which go back if anything fails.
         values: what they held: copies of those that the backward pass may write to, else the
             tensors themselves.
-        in_place: whether they were left in `.grad`, where autograd adds to them.
+        in_place: whether they stay in `.grad`, where autograd adds to them.
     """
 
     grads: Sequence[Tensor | None]
@@ -102,10 +102,10 @@ class Aside:
 
 @torch.no_grad()
 def prepare(params: Sequence[Tensor]) -> Aside:
-    """`set_aside`; where that would be noticed, copy what `.grad` holds and leave it there."""
+    """What every `.grad` is, to be set aside; where that would be noticed, in place and copied."""
     grads = [param.grad for param in params]
     if _all_none(grads) or not _is_read_in_backward(params):
-        return _hidden(params, grads)
+        return _aside(grads)
     # Nobody can write to a tensor of inference mode, not even put_back().
     values = [g if g is None or g.is_inference() else g.clone() for g in grads]
     return Aside(grads, values, in_place=True)
@@ -120,20 +120,25 @@ def _is_read_in_backward(params: Sequence[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def set_aside(params: Sequence[Tensor]) -> Aside:
-    """Take every `.grad` away, for `put_back` and `add_to`.
+def to_set_aside(params: Sequence[Tensor]) -> Aside:
+    """What every `.grad` is, to be set aside."""
+    return _aside([param.grad for param in params])
 
-    Views of a buffer are copied, which the backward pass may fill anew: tried on torch 2.13,
-    ``DistributedDataParallel(gradient_as_bucket_view=True)`` does.
+
+def _aside(grads: Sequence[Tensor | None]) -> Aside:
+    """Views of a buffer are copied, which the backward pass may fill anew.
+
+    Tried on torch 2.13: ``DistributedDataParallel(gradient_as_bucket_view=True)`` does.
     """
-    return _hidden(params, [param.grad for param in params])
-
-
-def _hidden(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Aside:
     if _all_none(grads):
         return Aside(grads, grads)
-    drop(params)
     return Aside(grads, [g.clone() if g is not None and g._is_view() else g for g in grads])
+
+
+def set_aside(params: Sequence[Tensor], aside: Aside) -> None:
+    """Take every `.grad` away that does not stay in place, for `add_to` and `put_back`."""
+    if not aside.in_place and not _all_none(aside.grads):
+        drop(params)
 
 
 def _all_none(values: Iterable[object]) -> bool:
@@ -142,7 +147,7 @@ def _all_none(values: Iterable[object]) -> bool:
 
 @torch.no_grad()
 def put_back(params: Sequence[Tensor], aside: Aside) -> None:
-    """Undo `prepare` or `set_aside`, whatever happened in between."""
+    """Undo `set_aside`, and what happened since."""
     for param, grad, value in zip(params, aside.grads, aside.values, strict=True):
         if grad is not None and value is not None and grad is not value:
             grad.copy_(value)

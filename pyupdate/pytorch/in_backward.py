@@ -156,9 +156,10 @@ def update(
         check_model(name, model, optimizer)
         layout = _layouts[model] = _Layout(params)
     apply.ensure_named(model, optimizer, params)
-    aside = gradients.set_aside(params)
+    aside = gradients.to_set_aside(params)
     running = _Running(model, name, layout, params, aside, _ids_held(optimizer))
     try:
+        gradients.set_aside(params, aside)
         step.step_in_pieces(optimizer, lambda piece: running.run(loss, piece))
     except BaseException:
         running.put_back()

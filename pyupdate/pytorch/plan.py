@@ -38,8 +38,19 @@ class Part(Protocol):
         """Memory of its tables."""
 
     @property
+    def wrote(self) -> bool:
+        """Whether this step's `apply` has written all of its rows."""
+
+    @property
     def unwritten(self) -> Sequence[Row]:
-        """Where `apply` raised: the rows that it is known to have left as they were."""
+        """Where a step raised: the rows that it is known to have left as they were."""
+
+    @property
+    def made(self) -> LastUpdate | None:
+        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+
+    def begin(self) -> None:
+        """Forget what the last step has done."""
 
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
         """The whole step at once; None, and nothing done, where it must be made in parts."""
@@ -86,6 +97,7 @@ class Plan:
             self.parts.append(backend.load().part(members, rules, home, averages))
             self._names.append(backend.name)
         self._order = {id(row.param): r for r, row in enumerate(rows)}
+        self._made: LastUpdate | None = None
         self._devices: Devices | None = None
         of_cuda = [part for part in self.parts if isinstance(part, cuda_backend.Part)]
         if len(self.parts) > 1 and len(of_cuda) == len(self.parts):
@@ -113,8 +125,20 @@ class Plan:
             and all(param.grad is None for param in self.left_out)
         )
 
+    def begin(self) -> None:
+        """Before a step: forget what the last one has done."""
+        self._made = None
+        for part in self.parts:
+            part.begin()
+
+    @property
+    def made(self) -> LastUpdate | None:
+        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+        whole = self.parts[0] if len(self.parts) == 1 else None
+        return self._made if whole is None or self._made is not None else whole.made
+
     def step(self, inputs: Inputs, options: Options, scaling: Scaling) -> LastUpdate:
-        """Check everything, then reduce, then write.
+        """Check everything, then reduce, then write; `begin` goes before.
 
         Raises:
             TypeError, ValueError: something is refused; nothing was written.
@@ -185,31 +209,24 @@ class Plan:
             multiplier = multiplier_rule(norm, request.unscale, request.max_norm)
             if nonfinite and request.skip:
                 return LastUpdate(norm, skipped=True, multiplier=multiplier)
-        made = self._make_states(fresh, inputs)
+        last = LastUpdate(norm, skipped=False, multiplier=multiplier)
+        made: list[tuple[Any, str]] = []
         try:
+            self._make_states(fresh, inputs, made)
             for part in self.parts:  # their new state is checked like any other
                 part.check(inputs)
-        except BaseException:
-            self._drop_states(made, inputs)
-            raise
-        self._apply(inputs, request, multiplier, made)
-        self.lacked_state = False
-        return LastUpdate(norm, skipped=False, multiplier=multiplier)
-
-    def _apply(
-        self, inputs: Inputs, request: Request, multiplier: float, made: Sequence[tuple[Any, str]]
-    ) -> None:
-        """Write; what a part that takes memory for it cannot do is found out first."""
-        waiting = sorted(self.parts, key=lambda part: not isinstance(part, reference.Part))
-        try:
-            while waiting:
-                waiting[0].apply(inputs, request, multiplier)
-                del waiting[0]
+            # What a part that takes memory for it cannot do is found out first.
+            for part in sorted(self.parts, key=lambda part: not isinstance(part, reference.Part)):
+                part.apply(inputs, request, multiplier)
+            self._made = last
         except BaseException:  # rows that were written keep what was made for them
-            left = [*waiting[0].unwritten, *(row for part in waiting[1:] for row in part.rows)]
-            kept = {id(row.param) for row in left}
-            self._drop_states([one for one in made if id(one[0]) in kept], inputs)
+            if all(part.wrote for part in self.parts):
+                self._made = last
+            left = {id(row.param) for part in self.parts for row in part.unwritten}
+            self._drop_states([one for one in made if id(one[0]) in left], inputs)
             raise
+        self.lacked_state = False
+        return last
 
     def _check_parts(self, inputs: Inputs) -> list[list[int]]:
         """What each part's check says."""
@@ -221,18 +238,14 @@ class Plan:
                 entry_of(part.rows[r], inputs)
         return fresh
 
-    def _make_states(self, fresh: Sequence[Sequence[int]], inputs: Inputs) -> list[tuple[Any, str]]:
+    def _make_states(
+        self, fresh: Sequence[Sequence[int]], inputs: Inputs, made: list[tuple[Any, str]]
+    ) -> None:
         lacking: list[Row] = []
-        made: list[tuple[Any, str]] = []
         for part, rows in zip(self.parts, fresh, strict=True):
             part.state_was_made()
             lacking += [part.rows[r] for r in rows]
-        try:
-            make_state(lacking, self.rules, inputs, made)
-        except BaseException:  # out of memory: as if it had not begun
-            self._drop_states(made, inputs)
-            raise
-        return made
+        make_state(lacking, self.rules, inputs, made)
 
     def _drop_states(self, made: Sequence[tuple[Any, str]], inputs: Inputs) -> None:
         for param, key in made:

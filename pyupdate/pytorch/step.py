@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from .. import amp
 from ..options import LastUpdate
+from . import uninterrupted
 from .checks import check_capturable
-from .engines import Engine, Locked, engine_of, has_own_step, has_rule, options_of, row_of
+from .engines import Engine, engine_of, has_own_step, has_rule, lock_of, options_of, row_of
 from .hooks import has_hooks, hooked
 from .joining import JOINABLE, Joining, step_all
 from .plan import Plan
@@ -41,15 +42,20 @@ def _planned_step(
     scaling = amp.scaling_of(grad_scaler, optimizer)
     if engine.micro_batches > 1:
         scaling = replace(scaling, divisor=float(engine.micro_batches))
-    with Locked(engine):
-        rules, inputs = _read(optimizer, engine)
+    before = engine.last
+    with lock_of(engine):
         try:
-            engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)
+            rules, inputs = _read(optimizer, engine)
+            _step_once(optimizer, engine, rules, inputs, scaling, only)
+            assert engine.last is not None
+            _tell(grad_scaler, optimizer, engine.last)
         except NormNotFinite:
             amp.tell_what_is_found(grad_scaler, optimizer)
             raise
-    amp.tell(grad_scaler, optimizer, engine.last)
-    _mark_stepped(optimizer)
+        except BaseException:
+            if engine.last is not None and engine.last is not before:  # interrupted behind it
+                _tell(grad_scaler, optimizer, engine.last)
+            raise
     return loss
 
 
@@ -77,11 +83,11 @@ def _planned_step_in_pieces(
 ) -> None:
     engine = engine_of(optimizer)
     scaling = amp.scaling_of(None, optimizer)
-    with Locked(engine):
+    with lock_of(engine):
         rules, inputs = _read(optimizer, engine)
 
         def piece(only: Collection[torch.Tensor]) -> None:
-            engine.last = _step_once(optimizer, engine, rules, inputs, scaling, only)
+            _step_once(optimizer, engine, rules, inputs, scaling, only)
 
         run(piece)
     _mark_stepped(optimizer)
@@ -130,31 +136,51 @@ def step_together(
     if any(amp.has_own_check(scaler) for _, _, scaler in steps):
         return False  # which unscales one by one, and may wait for other processes there
     joinings: list[Joining] = []
-    engines = []
-    with ExitStack() as locks, torch.autograd.profiler.record_function("pyupdate.drain"):
-        try:
-            for optimizer, only, scaler in steps:
-                engine = engine_of(optimizer)
-                locks.enter_context(Locked(engine))
-                scaling = amp.scaling_of(scaler, optimizer)
-                rules, inputs = _read(optimizer, engine)
-                plan = _plan(engine, inputs, rules, tuple(map(id, only)))
-                joining = plan.joining(inputs, options_of(optimizer), scaling)
-                if joining is None:
-                    return False
-                joinings.append(joining)
-                engines.append(engine)
-        except (TypeError, ValueError, RuntimeError):
-            return False  # whoever is refused is told so in turn
-        done = step_all(joinings)
-        if done is None:
-            return False
-        for engine, last in zip(engines, done, strict=True):
-            engine.last = last
-    for (optimizer, _, scaler), last in zip(steps, done, strict=True):
-        amp.tell(scaler, optimizer, last)
-        _mark_stepped(optimizer)
-    return True
+    held: list[threading.Lock] = []
+    releases = uninterrupted.releases(held)
+    try:
+        with torch.autograd.profiler.record_function("pyupdate.drain"):
+            try:
+                for optimizer, only, scaler in steps:
+                    engine = engine_of(optimizer)
+                    if not uninterrupted.take(held, lock_of(engine)):
+                        return False
+                    scaling = amp.scaling_of(scaler, optimizer)
+                    rules, inputs = _read(optimizer, engine)
+                    plan = _plan(engine, inputs, rules, tuple(map(id, only)))
+                    plan.begin()
+                    joining = plan.joining(inputs, options_of(optimizer), scaling)
+                    if joining is None:
+                        return False
+                    joinings.append(joining)
+            except (TypeError, ValueError, RuntimeError):
+                return False  # whoever is refused is told so in turn
+            try:
+                done = step_all(joinings)
+                _note_all(steps, done or ())
+            except BaseException:  # what is noted already is no step to be noted
+                made = [joining.part.made for joining in joinings]
+                _note_all(steps, [last for last in made if last is not None])
+                raise
+    finally:
+        uninterrupted.exhaust(releases)
+    return done is not None
+
+
+def _note_all(
+    steps: Sequence[tuple[Optimizer, Collection[torch.Tensor], GradScaler | None]],
+    done: Sequence[LastUpdate],
+) -> None:
+    """What a joint step did, of all of its optimizers or of none."""
+    for (optimizer, _, scaler), last in zip(steps, done, strict=bool(done)):
+        engine_of(optimizer).last = last
+        _tell(scaler, optimizer, last)
+
+
+def _tell(scaler: GradScaler | None, optimizer: Optimizer, last: LastUpdate) -> None:
+    """Let those know who count steps; told twice, they count one."""
+    amp.tell(scaler, optimizer, last)
+    _mark_stepped(optimizer)
 
 
 def _mark_stepped(optimizer: Optimizer) -> None:
@@ -191,7 +217,8 @@ def _step_once(
     inputs: Inputs,
     scaling: Scaling,
     only: Collection[torch.Tensor] | None,
-) -> LastUpdate:
+) -> None:
+    """Make it; what it did is the engine's `last`."""
     key = None if only is None else tuple(map(id, only))
     # By state that it found absent a plan knows a first step, where torch counts none. If the step
     # was not made the plan is dropped: what is loaded then is not what a first step makes.
@@ -205,20 +232,24 @@ def _step_once(
         if finish is not None and options.ema_decay is not None:
             # Parameters move behind the passes, so the passes leave the averages where they are.
             options = replace(options, ema_decay=1.0)
+        plan.begin()
         try:
             last = plan.step(inputs, options, scaling)
             if finish is not None and not last.skipped:
                 finish(optimizer, plan.rows, last)
                 if inputs.averages:
                     _average(optimizer, plan.rows)
+            engine.last = last
             if plan.lacked_state:  # so it was skipped
                 engine.plans.pop(key, None)
-            return last
+            return
         except Stale as stale:
             del engine.plans[key]
             reason = str(stale)
-        except BaseException:
-            if plan.lacked_state:
+        except BaseException as error:
+            if finish is None and not isinstance(error, NormNotFinite) and plan.made is not None:
+                engine.last = plan.made  # an interrupt behind the step
+            elif plan.lacked_state:
                 engine.plans.pop(key, None)
             raise
     message = (

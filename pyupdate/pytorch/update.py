@@ -42,7 +42,8 @@ def update(
             "it has none"
         )
         raise ValueError(message)
-    if deferral.is_pending(model, params):
+    was_pending = deferral.is_pending(model, params)
+    if was_pending:
         deferral.check_scale(model, name, scaler)
     if scaler is not None:
         apply.check_not_unscaled(name, optimizer, scaler)
@@ -64,9 +65,10 @@ def update(
             apply.ensure_named(model, optimizer, params)
             window.check_kept(gives_up=False)
         before = window.position
-    last: Any = ...
+    stepped = engines.Stepped(optimizer)
     aside = gradients.prepare(params)
     try:
+        gradients.set_aside(params, aside)
         if window is not None:
             window.check_scale(scaler)
             before = window.position
@@ -82,26 +84,41 @@ def update(
                 window.count(scaler)
         waits = defer or (window is not None and not window.is_full)
         if not waits:
-            last = engines.last_step(optimizer) if engines.has_rule(optimizer) else ...
             # Else what is in .grad is new, and put_back() has what was there before.
             kept = any(aside.grads[index] is not None for index in unreached)
             apply.apply(model, optimizer, params, scaler, restore=kept)
+            stepped.note()
+            _drop(model, optimizer, params, window)
+        if defer:
+            assert deferred is not None  # check_deferred
+            deferral.leave(model, name, scaler, deferred)
+        else:
+            deferral.settle(model, name, deferred)
     except BaseException:
+        if stepped:  # a hook has raised behind the step, or an interrupt came there
+            _drop(model, optimizer, params, window)
+            deferral.settle(model, name, deferred)
+            raise
         gradients.put_back(params, aside)
-        if last is not ... and engines.last_step(optimizer) is not last:
-            gradients.drop(params)  # a hook has raised behind the step, which has taken them
         if window is not None and window.position:  # 0: check_scale has given it up
             window.position = before
+        if defer and not was_pending:
+            deferral.settle(model, name, deferred)
         raise
-    if defer:
-        assert deferred is not None  # check_deferred
-        deferral.leave(model, name, scaler, deferred)
-        return
-    if not waits:
-        gradients.drop(params)
-        if window is not None:
-            gradients.drop_frozen(model, apply.held(optimizer))
-    deferral.settle(model, name, deferred)
+
+
+def _drop(
+    model: nn.Module,
+    optimizer: Any,
+    params: list[nn.Parameter],
+    window: accumulation.Window | None,
+) -> None:
+    """Drop gradients that were stepped; a second time changes nothing."""
+    gradients.drop(params)
+    if window is not None:
+        gradients.drop_frozen(model, apply.held(optimizer))
+        if window.position:
+            window.close()
 
 
 def _enabled(scaler: Any) -> torch.amp.GradScaler | None:
