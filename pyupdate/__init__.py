@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .kernels.own import rule
     from .optim import accelerate
     from .traffic import bytes_per_parameter
-    from .update import averaged_weights, last_update, update_model
+    from .update import averaged_weights, finish_window, last_update, update_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "build",
     "bytes_per_parameter",
     "drain",
+    "finish_window",
     "language",
     "last_update",
     "optim",
@@ -46,6 +47,7 @@ _HOMES = {
     "averaged_weights": ".update",
     "bytes_per_parameter": ".traffic",
     "drain": ".draining",
+    "finish_window": ".update",
     "last_update": ".update",
     "rule": ".kernels.own",
     "update_model": ".update",

@@ -155,6 +155,53 @@ def averaged_weights(
 
 
 @eagerly
+def finish_window(
+    model_or_optimizer: torch.nn.Module | torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> bool:
+    """Make the step of a window of ``accumulation_steps`` that is not full, and drop its gradients.
+
+    For the end of an epoch whose batches are no multiple of the window: the step is on the mean of
+    the micro-batches that are there, few or many. What was deferred into the window is among them.
+
+    Args:
+        model_or_optimizer: a torch model that `update_model` updates; or, in a loop of your own,
+            the optimizer whose ``step()`` counts.
+        scaler: the ``torch.amp.GradScaler`` that the micro-batches were scaled with; it is told of
+            the step. Call its ``update()`` afterwards, as always.
+
+    Returns:
+        Whether a window was open, so that a step was made; an inf or nan skips it as it does any.
+
+    Raises:
+        ValueError: neither a torch model with an optimizer attached nor a torch optimizer; `scaler`
+            is none, or has another scale than the micro-batches: the window is given up then.
+        RuntimeError: a gradient that was counted is gone, or another tensor; the scaler's own.
+        TypeError: a parameter or gradient that cannot be stepped, named.
+
+    Example:
+        >>> import torch, pyupdate
+        >>> model = pyupdate.build(torch.nn.Linear(4, 1), "adamw", accumulation_steps=4)
+        >>> for _ in range(6):
+        ...     pyupdate.update_model(model, model(torch.ones(8, 4)))
+        >>> pyupdate.finish_window(model), pyupdate.finish_window(model)
+        (True, False)
+    """
+    of: Any = model_or_optimizer
+    is_model = frameworks.is_torch_module(of)
+    if not is_model and (frameworks.is_tensorflow(of) or not hasattr(of, "param_groups")):
+        message = (
+            "finish_window takes a torch model with an optimizer attached (pyupdate.build) or a "
+            f"torch optimizer, but got {frameworks.type_name(of)}"
+        )
+        raise ValueError(message)
+    from .pytorch import finishing, update
+
+    enabled = update.enabled(scaler)
+    return finishing.of_model(of, enabled) if is_model else finishing.of_optimizer(of, enabled)
+
+
+@eagerly
 def last_update(
     model_or_optimizer: torch.nn.Module | torch.optim.Optimizer | keras.Model | keras.Optimizer,
 ) -> LastUpdate | None:

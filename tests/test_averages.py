@@ -364,3 +364,22 @@ def test_a_deferred_update_of_averages_is_refused(backend):
     with pyupdate.averaged_weights(model), refused:
         pyupdate.update_model(model, model(torch.ones(3, 2)), defer=True, deferred=waiting)
     assert not waiting and model.weight.grad is None
+
+
+def test_an_average_that_torchs_loading_has_rounded_says_what_to_do(backend):
+    param = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = pyupdate.accelerate(torch.optim.AdamW([param]), ema_decay=0.9)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    late = torch.optim.AdamW([param])
+    late.load_state_dict(saved)
+    pyupdate.accelerate(late, ema_decay=0.9)
+    before = param.detach().clone()
+    with pytest.raises(TypeError, match=r"torch\.bfloat16, but the average .* in torch\.float32"):
+        late.step()
+    assert torch.equal(param, before)
+    early = pyupdate.accelerate(torch.optim.AdamW([param]), ema_decay=0.9)
+    early.load_state_dict(saved)
+    early.step()
+    assert early.state[param]["ema"].dtype is torch.float32

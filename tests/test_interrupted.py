@@ -196,6 +196,14 @@ CASES: dict[str, tuple[Callable[[], Loop], Callable[[Loop], object]]] = {
         lambda: scaled_once(Loop(scaled=True).trained().with_gradients()),
         Loop.step,
     ),
+    "what finishes a window": (
+        lambda: Loop(accumulation_steps=2).trained().next(2.0),
+        lambda loop: pyupdate.finish_window(loop.models[0]),
+    ),
+    "what finishes a loop's window": (
+        lambda: Loop(accumulation_steps=2).trained().next(2.0),
+        lambda loop: pyupdate.finish_window(loop.models[0].current_optimizer),
+    ),
     "a window's step": (lambda: Loop(accumulation_steps=2).trained().next(2.0), Loop.step),
 }
 """What is made, and then interrupted."""

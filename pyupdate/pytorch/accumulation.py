@@ -18,6 +18,7 @@ from pyupdate import amp
 
 from . import engines
 from .counted import Changes, Counted, Gradients
+from .request import NormNotFinite
 from .rows import name_of
 
 POSITION = "accumulated"
@@ -180,7 +181,12 @@ class Window:
         try:
             yield
             self.close()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, NormNotFinite):
+                error.add_note(
+                    "The micro-batches of the window stay in .grad, and the next step is refused "
+                    "too where they are what is not finite: model.zero_grad() drops them"
+                )
             if engine.last is not before:  # a hook has raised behind the step, or an interrupt
                 self.close()
             raise

@@ -191,7 +191,8 @@ def apply(
             nullcontext() if window is None else window.mean(),
         ):
             if engines.has_own_step(optimizer):
-                _step_by_own(optimizer, params, scaler)
+                with _others_set_aside(optimizer, params):
+                    step_by_own(optimizer, scaler)
             else:
                 step.step(optimizer, grad_scaler=scaler, only=params)
         return
@@ -203,14 +204,13 @@ def apply(
             _step_scaled(optimizer, scaler, restore=restore)
 
 
-def _step_by_own(optimizer: Any, params: Sequence[Tensor], scaler: Scaler | None) -> None:
-    """The step of a user's subclass of ours, which calls ours."""
+def step_by_own(optimizer: Any, scaler: Scaler | None) -> None:
+    """The whole step of a user's subclass of ours, which calls ours."""
     engine = engines.engine_of(optimizer)
     given = {} if scaler is None else {"grad_scaler": scaler}
     engine.whole = True
     try:
-        with _others_set_aside(optimizer, params):
-            optimizer.step(**given)
+        optimizer.step(**given)
     finally:
         engine.whole = False
 

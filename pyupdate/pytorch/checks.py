@@ -115,6 +115,13 @@ def check_average(param: torch.Tensor, value: object, key: str, name: str) -> No
         message = f"{what} is {type(value).__name__}, not a tensor: {mend}"
         raise TypeError(message)
     _check_kind(value, what)
+    if value.dtype is param.dtype is not wanted:
+        message = (
+            f"{what} is {value.dtype}, but the average of a {param.dtype} parameter is kept in "
+            f"{wanted}: torch's load_state_dict has rounded it. Call pyupdate.accelerate with "
+            "ema_decay before load_state_dict, or delete it to begin the average anew"
+        )
+        raise TypeError(message)
     _check_alike(param, value, (wanted,), what, mend)
 
 

@@ -30,7 +30,7 @@ def update(
         engines.check_not_swapped(engines.engine_of(optimizer))
     else:
         apply.check_steps_alone(name, optimizer)
-    scaler = _enabled(scaler)
+    scaler = enabled(scaler)
     during = in_backward.is_wanted(model)
     if during:
         in_backward.check_call(name, optimizer, scaler, retain_graph, defer)
@@ -121,7 +121,12 @@ def _drop(
             window.close()
 
 
-def _enabled(scaler: Any) -> torch.amp.GradScaler | None:
+def enabled(scaler: Any) -> torch.amp.GradScaler | None:
+    """A scaler that scales, None where there is none.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if scaler is None:
         return None
     if not isinstance(scaler, torch.amp.GradScaler):

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step of a window of ``accumulation_steps`` that is not full: the rest of an epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyupdate import amp
+from pyupdate.names import name_of
+
+from . import accumulation, apply, deferral, engines, gradients, step
+
+Scaler = torch.amp.GradScaler
+
+
+def of_model(model: nn.Module, scaler: Scaler | None) -> bool:
+    """Do what `pyupdate.finish_window` says, with a model."""
+    name = name_of(model)
+    optimizer = apply.optimizer_of(model, name)
+    if engines.has_rule(optimizer):
+        engines.check_not_swapped(engines.engine_of(optimizer))
+    params = gradients.trainable(model)
+    window = accumulation.window_of(optimizer, params)
+    if window is None or window.position == 0:
+        return False
+    if all(param.grad is None for param in params):  # zero_grad() has withdrawn the window
+        window.position = 0
+        return False
+    if deferral.is_pending(model, params):
+        deferral.check_scale(model, name, scaler)
+    apply.ensure_named(model, optimizer, params)
+    _check(window, optimizer, scaler, gives_up=False)
+    stepped = engines.Stepped(optimizer)
+
+    def settle() -> None:
+        gradients.drop(params)
+        gradients.drop_frozen(model, apply.held(optimizer))
+        deferral.settle(model, name, None)
+
+    try:
+        apply.apply(model, optimizer, params, scaler, restore=True)
+        settle()
+    except BaseException:
+        if stepped:
+            settle()
+        raise
+    return True
+
+
+def of_optimizer(optimizer: Any, scaler: Scaler | None) -> bool:
+    """Do what `pyupdate.finish_window` says, with the optimizer of a loop of the user's own."""
+    window = accumulation.window_of(optimizer)
+    if window is None or window.position == 0:
+        return False
+    _check(window, optimizer, scaler, gives_up=True)
+    stepped = engines.Stepped(optimizer)
+    try:
+        with window.mean():
+            if engines.has_own_step(optimizer):
+                apply.step_by_own(optimizer, scaler)
+            else:
+                step.step(optimizer, grad_scaler=scaler)
+        optimizer.zero_grad()
+    except BaseException:
+        if stepped:
+            optimizer.zero_grad()
+        raise
+    return True
+
+
+def _check(
+    window: accumulation.Window, optimizer: Any, scaler: Scaler | None, *, gives_up: bool
+) -> None:
+    window.check_kept(gives_up=gives_up)
+    window.check_scale(scaler)
+    amp.check_can_step(scaler, optimizer)
