@@ -346,11 +346,11 @@ void Plan::count_step() {
 
 // ----- questions that a row is asked
 
-// Whether the last refresh found this parameter at this address.
-bool Plan::stands_at(size_t r, size_t k, int64_t address) const {
+// Whether the last refresh found this role of the row at this address.
+bool Plan::stands_at(size_t r, size_t k, int64_t role, int64_t address) const {
   const auto width = static_cast<size_t>(tables_.width());
   return !rows_changed_ && k < tables_.rows.size() && active_[k] == static_cast<int32_t>(r) &&
-         tables_.addresses[k * width + kParam] == address;
+         tables_.addresses[k * width + static_cast<size_t>(role)] == address;
 }
 
 // A lazily negated view has the bytes of its opposite.

@@ -183,7 +183,7 @@ class Plan {
   bool add_layout(const Read* roles, uint32_t present, Row* row);
   PyObject* gradient(PyObject* param) const;
   size_t find_state(PyObject* inner, const GroupRule& group, PyObject** found) const;
-  bool stands_at(size_t r, size_t k, int64_t address) const;
+  bool stands_at(size_t r, size_t k, int64_t role, int64_t address) const;
   bool is_negated(PyObject* tensor) const;
   bool any_negated(PyObject* const* tensors, size_t count) const;
   static bool lies_within(PyObject* tensor, const Read& read);

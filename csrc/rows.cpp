@@ -279,10 +279,12 @@ bool Plan::enter_row(Pending& pending) {
 
   Row row{size_of(roles[kParam].tensor), 0, pending.step, 0, -1};
   // 64 ns a question, so it is asked where the answer may be new. A public torch call makes a
-  // negated view only of every second element, so what is dense and known needs no asking.
-  const bool plain = pending.known_grad && roles[kGrad].contiguous && row.size > 1;
+  // negated view of every second element, and a dense one only of such a view; so what is dense,
+  // known and where it was needs no asking.
+  const bool plain = pending.known_grad && roles[kGrad].contiguous && row.size > 1 &&
+                     stands_at(r, k, kGrad, roles[kGrad].address);
   if (!plain && is_negated(pending.grad)) return false;
-  if ((!roles[kParam].contiguous || !stands_at(r, k, roles[kParam].address)) &&
+  if ((!roles[kParam].contiguous || !stands_at(r, k, kParam, roles[kParam].address)) &&
       is_negated(record.param)) {
     return false;
   }

@@ -118,6 +118,29 @@ def test_lazily_negated_gradients(case: Case, way, kind, shape, max_norm, backen
         assert torch.equal(given, before)
 
 
+def test_a_dense_negated_gradient_in_the_object_of_the_last_one(backend):
+    start = torch.randn(12)
+    view = negated_of_complex(torch.randn(6))
+    truth = view.as_strided((12,), (1,), 0).clone()
+    known = set()
+    for _ in range(20):
+        param, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        ours, theirs = (pyupdate.optim.SGD([one], lr=0.5) for one in (param, plain))
+        param.grad, plain.grad = torch.ones(12), torch.ones(12)
+        ours.step()
+        theirs.step()
+        was = id(param.grad)
+        param.grad = None
+        param.grad = view.as_strided((12,), (1,), 0)
+        plain.grad = truth.clone()
+        known.add(id(param.grad) == was)
+        assert param.grad.is_neg()
+        ours.step()
+        theirs.step()
+        assert_same_bits(param, plain, "dense")
+    assert True in known  # the interesting case
+
+
 @cases
 @ways
 def test_lazily_zero_gradients(case: Case, way, backend):
