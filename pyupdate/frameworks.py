@@ -23,6 +23,11 @@ def is_torch_module(value: object) -> bool:
     return _is_a(value, "Module", "torch.nn")
 
 
+def is_torch_optimizer(value: object) -> bool:
+    """Whether this is a ``torch.optim.Optimizer``."""
+    return _is_a(value, "Optimizer", "torch.optim")
+
+
 def is_tensorflow_tensor(value: object) -> bool:
     """Whether this is a ``tf.Tensor``, eager or symbolic."""
     return _is_a(value, "Tensor", "tensorflow")

@@ -172,10 +172,13 @@ def finish_window(
 
     Returns:
         Whether a window was open, so that a step was made; an inf or nan skips it as it does any.
+        Of a model, none is open whose gradients ``model.zero_grad()`` has dropped.
 
     Raises:
         ValueError: neither a torch model with an optimizer attached nor a torch optimizer; `scaler`
-            is none, or has another scale than the micro-batches: the window is given up then.
+            is no ``GradScaler``; the micro-batches were scaled otherwise, or not at all (the window
+            is given up then: drop its gradients with ``zero_grad()``); groups of the optimizer have
+            windows of other lengths.
         RuntimeError: a gradient that was counted is gone, or another tensor; the scaler's own.
         TypeError: a parameter or gradient that cannot be stepped, named.
 
@@ -189,7 +192,7 @@ def finish_window(
     """
     of: Any = model_or_optimizer
     is_model = frameworks.is_torch_module(of)
-    if not is_model and (frameworks.is_tensorflow(of) or not hasattr(of, "param_groups")):
+    if not is_model and not frameworks.is_torch_optimizer(of):
         message = (
             "finish_window takes a torch model with an optimizer attached (pyupdate.build) or a "
             f"torch optimizer, but got {frameworks.type_name(of)}"

@@ -183,7 +183,59 @@ def test_a_subclass_with_a_step_of_its_own(backend):
     assert grads_of(model) == [None, None]
 
 
-@pytest.mark.parametrize("value", [None, 3, nn.Linear, {}])
+def test_windows_of_several_models_are_finished_by_their_models(backend):
+    models = [nn.Linear(4, 2).double() for _ in range(2)]
+    groups = [{"params": [*model.parameters()]} for model in models]
+    optimizer: Any = pyupdate.optim.SGD(groups, lr=1.0, accumulation_steps=4)
+    before = [model.bias.detach().clone() for model in models]
+    for model, count in zip(models, (3, 1), strict=True):
+        model.current_optimizer = optimizer  # type: ignore[assignment]
+        for _ in range(count):
+            pyupdate.update_model(model, model(torch.ones(1, 4, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"windows of \[1, 3\] micro-batches"):
+        pyupdate.finish_window(optimizer)
+    for model, bias in zip(models, before, strict=True):
+        assert pyupdate.finish_window(model)
+        assert torch.equal(model.bias, bias - 0.5)  # of a mean over two outputs
+
+
+def test_what_was_frozen_since_is_not_in_a_later_window(backend):
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).double()
+    pyupdate.build(model, "sgd", lr=1.0, accumulation_steps=2)
+    first = model[0]
+    x = torch.ones(1, 2, dtype=torch.float64)
+    pyupdate.update_model(model, first(x))
+    first.requires_grad_(False)
+    assert pyupdate.finish_window(model) is False
+    assert first.bias.grad is None
+    model.requires_grad_(False)
+    assert pyupdate.finish_window(model) is False
+    model.requires_grad_(True)
+    bias = first.bias.detach().clone()
+    for _ in range(2):
+        pyupdate.update_model(model, first(x))
+    assert torch.equal(first.bias, bias - 0.5)
+
+
+def test_a_window_whose_model_was_frozen_as_a_whole_is_closed(backend):
+    model: Any = pyupdate.build(nn.Linear(2, 2), "sgd", lr=1.0, accumulation_steps=2)
+    pyupdate.update_model(model, model(torch.ones(1, 2)))
+    model.requires_grad_(False)
+    assert pyupdate.finish_window(model) is False
+    assert [group[POSITION] for group in model.current_optimizer.param_groups] == [0]
+    assert grads_of(model) == [None, None]
+
+
+class Wrapper:
+    """What looks like an optimizer and is none."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.param_groups, self.step = optimizer.param_groups, optimizer.step
+
+
+@pytest.mark.parametrize(
+    "value", [None, 3, nn.Linear, {}, Wrapper(pyupdate.optim.SGD([nn.Parameter(torch.ones(1))]))]
+)
 def test_what_is_neither_model_nor_optimizer_is_refused(value):
     with pytest.raises(ValueError, match="finish_window takes a torch model"):
         pyupdate.finish_window(value)

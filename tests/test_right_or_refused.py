@@ -251,3 +251,47 @@ def test_a_graph_whose_memory_torch_compile_reuses_is_refused_with_the_mend(monk
     monkeypatch.setattr(torch.autograd, "backward", backward)
     with pytest.raises(RuntimeError, match=r"of 'Linear\w*'.*pass retain_graph=False"):
         pyupdate.update_model(model, model(torch.ones(1, 2)))
+
+
+class Lost(Exception):
+    """What a backward pass fails by."""
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_another_models_step_in_a_backward_pass_that_fails_is_not_ours(deferred, backend):
+    """Of an optimizer that both have: the gradients that were there were dropped."""
+    models = [nn.Linear(4, 2) for _ in range(2)]
+    groups = [{"params": [*model.parameters()]} for model in models]
+    ours, other = models
+    ours.current_optimizer = other.current_optimizer = pyupdate.optim.SGD(groups, lr=1.0)  # type: ignore[assignment]
+    waiting: dict[str, list] = {}
+    if deferred:
+        pyupdate.update_model(ours, ours(torch.ones(1, 4)), defer=True, deferred=waiting)
+    else:
+        ours.weight.grad = torch.full_like(ours.weight, 7.0)
+    before = ours.weight.grad.clone()
+
+    def step_the_other(_: torch.Tensor) -> None:
+        with torch.enable_grad():
+            pyupdate.update_model(other, other(torch.ones(1, 4)))
+        raise Lost
+
+    out = ours(torch.ones(1, 4))
+    out.register_hook(step_the_other)
+    with pytest.raises(Lost):
+        pyupdate.update_model(ours, out, deferred=waiting)
+    assert torch.equal(ours.weight.grad, before)
+    assert len(waiting) == deferred
+
+
+def test_a_failed_deferral_leaves_what_the_dict_held(backend):
+    """Also a callable for which nothing waits any more."""
+    model = pyupdate.build(nn.Linear(4, 2), "sgd")
+    waiting: dict[str, list] = {}
+    pyupdate.update_model(model, model(torch.ones(1, 4)), defer=True, deferred=waiting)
+    model.zero_grad()
+    before = {name: list(updates) for name, updates in waiting.items()}
+    with pytest.raises(ValueError, match="reaches none of its parameters"):
+        loss = torch.ones((), requires_grad=True) * 1
+        pyupdate.update_model(model, loss, defer=True, deferred=waiting)
+    assert waiting == before

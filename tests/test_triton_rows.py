@@ -17,6 +17,7 @@ from bits import assert_same_bits, random_values
 from cases import DTYPES, name_of
 
 import pyupdate
+from pyupdate.pytorch import plan
 
 pytest.importorskip("triton", reason="triton is not installed (make check-device installs it)")
 
@@ -329,3 +330,27 @@ def test_sums_are_in_the_one_order(size, compiled):
     with pyupdate.use_backend("cpu"):
         *_, expected = trained("adamw", [torch.float64], [[grad]], (size,), max_norm=1.0)
     assert found == expected
+
+
+@readers
+def test_a_first_step_without_memory_leaves_no_state(monkeypatch, compiled, by_compiled):
+    real = plan.make_state
+
+    def runs_out(rows, *args):
+        real(rows[:1], *args)
+        raise torch.OutOfMemoryError
+
+    with triton_backend(compiled=by_compiled):
+        params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+        optimizer = pyupdate.optim.SGD(params, lr=1.0, momentum=0.9, dampening=0.5)
+        for param in params:
+            param.grad = torch.ones(5)
+        with monkeypatch.context() as broken:
+            broken.setattr(plan, "make_state", runs_out)
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+        assert not any(optimizer.state.get(param) for param in params)
+        for turn in (1, 2):  # the first of which no dampening slows down
+            optimizer.step()
+            moved = 1.0 if turn == 1 else 1.0 + 0.9 + 0.5
+            assert_same_bits(params[1], torch.full((5,), 1.0 - moved), str(turn))

@@ -18,7 +18,7 @@ from ..options import LastUpdate
 from ..pytorch.joining import Joining
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row, Stale, check_all_memory, check_row, mend_row
-from ..pytorch.uninterrupted import answer
+from ..pytorch.uninterrupted import append_result
 from . import AUTO, choice, say_once
 from .compiled import plan_of
 
@@ -194,7 +194,7 @@ class Part:
             inputs.numbers,
             self._threads(),
         )
-        answer(self._answers, self._plan.step, groups, state, numbers, request, threads)
+        append_result(self._answers, self._plan.step, groups, state, numbers, request, threads)
         found, noticed, *_ = self._answers[-1]
         if found is not self._ready and found != self._ready:
             self._answers.clear()
@@ -210,7 +210,7 @@ class Part:
 
     @property
     def made(self) -> LastUpdate | None:
-        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+        """What `step` did, once it was made: known also where an interrupt came behind it."""
         if not self._answers or self._answers[-1] is None or self._answers[-1][0] != self._ready:
             return None
         _, _, norm, _, skipped, multiplier = self._answers[-1]
@@ -240,7 +240,7 @@ class Part:
             asked.append((part._plan, inputs.groups, inputs.state, inputs.numbers, request))
         joint: list[Any] = []
         try:
-            answer(joint, module.step_together, asked, forks.threads())
+            append_result(joint, module.step_together, asked, forks.threads())
             return _noted(joinings, joint[0])
         except BaseException:
             if joint:  # an interrupt behind the step
@@ -265,7 +265,7 @@ class Part:
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
         groups, state, numbers = inputs.groups, inputs.state, inputs.numbers
-        answer(
+        append_result(
             self._answers,
             self._plan.apply,
             groups,

@@ -20,7 +20,7 @@ from ..pytorch.joining import Joining
 from ..pytorch.new_state import make_state
 from ..pytorch.request import Request, Scaling
 from ..pytorch.rows import GroupRule, Inputs, Row
-from ..pytorch.uninterrupted import answer
+from ..pytorch.uninterrupted import append_result
 from . import AUTO, say_once
 from .compiled import plan_of, runs_of, settle
 from .cuda_memory import Memory, refuse_capture
@@ -150,7 +150,7 @@ class Part:
         try:
             while True:
                 groups, state, send = inputs.groups, inputs.state, self._memory.send
-                answer(self._answers, self.plan.step, groups, state, *asked.of_plan, send)
+                append_result(self._answers, self.plan.step, groups, state, *asked.of_plan, send)
                 found, noticed = self._answers[-1]
                 if found == self._found.READY:
                     break
@@ -181,7 +181,7 @@ class Part:
 
     @property
     def made(self) -> LastUpdate | None:
-        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+        """What `step` did, once it was made: known also where an interrupt came behind it."""
         if not self._answers or self._answers[-1] is None or self._asked is None:
             return None
         if self._answers[-1][0] != self._found.READY:
@@ -352,7 +352,7 @@ class Part:
         outcome = new_outcomes(self._device)
         numbers, number_at = self._numbers(inputs)
         places = (outcome.data_ptr(), 0, 0)
-        answer(
+        append_result(
             self._answers,
             self.plan.apply,
             inputs.groups,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..options import LastUpdate
-from ..pytorch.uninterrupted import answer
+from ..pytorch.uninterrupted import append_result
 from .cuda_memory import Memory
 from .cuda_step import DOUBLES, Asked, new_outcomes
 
@@ -52,7 +52,7 @@ class Together:
         asked = [ask._replace(outcome=at) for ask, at in zip(asked, places, strict=True)]
         answers: list[bool] = []
         try:
-            answer(answers, self._joint.step, joined, outcomes.data_ptr(), self._memory.send)
+            append_result(answers, self._joint.step, joined, outcomes.data_ptr(), self._memory.send)
             return _noted(joinings, asked) if answers[0] else None
         except BaseException:
             if answers and answers[0]:  # an interrupt behind the step

@@ -80,9 +80,7 @@ def part(
 class Part:
     """The rows of a plan on one device, read by Python."""
 
-    reads_scaling = True
-    unwritten = ()
-    made = None  # Python makes its launches: an interrupt may come between two of them
+    reads_scaling, made = True, None  # an interrupt may come between two of a step's launches
 
     def __init__(self, rows: Sequence[Row], rules: Sequence[GroupRule], averages: bool) -> None:
         self.rows = rows
@@ -106,8 +104,7 @@ class Part:
         self._written: list[torch.Tensor] = []
         self._held: list[torch.Tensor] = []
         self._versions: list[int] = []
-        self.wrote = False
-        """Whether this step's `apply` has written all of its rows."""
+        self.wrote = self._begun = False
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +131,12 @@ class Part:
 
     def begin(self) -> None:
         """Forget what the last step has done."""
-        self.wrote = False
+        self.wrote = self._begun = False
+
+    @property
+    def unwritten(self) -> Sequence[Row]:
+        """Where a step raised: the rows that it is known to have left as they were."""
+        return () if self._begun else self.rows
 
     step_together = staticmethod(step_together)
 
@@ -204,6 +206,7 @@ class Part:
         if self._active:
             asked = Asked(request, multiplier, 1.0, inputs.numbers)
             tables = self._ready(asked)
+            self._begun = True
             tables.apply([asked], tables.prepare([asked]))
             self.bump()
         self.wrote = True
@@ -297,8 +300,7 @@ class Part:
 
     def _hold(self, inputs: Inputs) -> None:
         """Keep what the tables were made of, to know it again."""
-        self._written = []
-        self._held = []
+        self._written, self._held = [], []
         for r in self._active:
             row = self.rows[r]
             inner = inputs.state.get(row.param) or {}

@@ -227,7 +227,19 @@ def leave(
 
 def settle(model: nn.Module, name: str, deferred: Deferred | None) -> None:
     """Forget what waited, because it was applied, and take the model's callable out of the dict."""
-    _pending.pop(model)
+    withdraw(model, name, deferred, waits=False)
+
+
+def is_listed(model: nn.Module, name: str, deferred: Deferred | None) -> bool:
+    """Whether the dict has the model's callable."""
+    entry = None if deferred is None else deferred.get(name)
+    return entry is not None and any(_is_of(update, model) for update in entry)
+
+
+def withdraw(model: nn.Module, name: str, deferred: Deferred | None, *, waits: bool) -> None:
+    """Take the model's callable out of the dict and, unless it `waits`, forget what waited."""
+    if not waits:
+        _pending.pop(model)
     entry = None if deferred is None else deferred.get(name)
     if not deferred or not entry:
         return

@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..options import LastUpdate, Options
+from . import uninterrupted
 from .plan import Plan
 from .rows import GroupRule, OptimizerRow
 
@@ -161,19 +162,16 @@ def check_options(kind: type[Optimizer], options: Options) -> None:
             raise ValueError(message)
 
 
-def lock_of(engine: Engine) -> threading.Lock:
-    """The lock inside which an optimizer is stepped.
-
-    It is entered as it is: around a lock's own ``with`` no interrupt leaves it locked for good.
+def lock_step(engine: Engine, held: list[threading.Lock]) -> None:
+    """Let nobody else step an optimizer until the lock that is put into `held` is released.
 
     Raises:
         RuntimeError: it is being stepped, or inside `pyupdate.averaged_weights`.
     """
     check_not_swapped(engine)
-    if engine.lock.locked():
+    if not uninterrupted.take(held, engine.lock):
         message = "this optimizer is being stepped by another thread"
         raise RuntimeError(message)
-    return engine.lock
 
 
 def check_not_swapped(engine: Engine) -> None:

@@ -22,12 +22,13 @@ def of_model(model: nn.Module, scaler: Scaler | None) -> bool:
     optimizer = apply.optimizer_of(model, name)
     if engines.has_rule(optimizer):
         engines.check_not_swapped(engines.engine_of(optimizer))
-    params = gradients.trainable(model)
-    window = accumulation.window_of(optimizer, params)
+    window = accumulation.window_of(optimizer, list(model.parameters()))
     if window is None or window.position == 0:
         return False
-    if all(param.grad is None for param in params):  # zero_grad() has withdrawn the window
+    params = gradients.trainable(model)
+    if all(param.grad is None for param in params):  # withdrawn by zero_grad(), or frozen since
         window.position = 0
+        gradients.drop_frozen(model, apply.held(optimizer))
         return False
     if deferral.is_pending(model, params):
         deferral.check_scale(model, name, scaler)
@@ -55,6 +56,14 @@ def of_optimizer(optimizer: Any, scaler: Scaler | None) -> bool:
     window = accumulation.window_of(optimizer)
     if window is None or window.position == 0:
         return False
+    counts = sorted({group.get(accumulation.POSITION, 0) for group in optimizer.param_groups} - {0})
+    if len(counts) > 1:
+        message = (
+            f"the groups of this {type(optimizer).__name__} have windows of {counts} "
+            "micro-batches, as those of several models have, and a step divides by one number: "
+            "finish each model's window, pyupdate.finish_window(model)"
+        )
+        raise ValueError(message)
     _check(window, optimizer, scaler, gives_up=True)
     stepped = engines.Stepped(optimizer)
     try:

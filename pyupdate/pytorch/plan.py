@@ -47,7 +47,7 @@ class Part(Protocol):
 
     @property
     def made(self) -> LastUpdate | None:
-        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+        """What `step` did, once it was made: known also where an interrupt came behind it."""
 
     def begin(self) -> None:
         """Forget what the last step has done."""
@@ -133,7 +133,7 @@ class Plan:
 
     @property
     def made(self) -> LastUpdate | None:
-        """Where `step` raised: what it did, if it was made and an interrupt came behind it."""
+        """What `step` did, once it was made: known also where an interrupt came behind it."""
         whole = self.parts[0] if len(self.parts) == 1 else None
         return self._made if whole is None or self._made is not None else whole.made
 

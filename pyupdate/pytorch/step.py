@@ -16,7 +16,7 @@ from .. import amp
 from ..options import LastUpdate
 from . import uninterrupted
 from .checks import check_capturable
-from .engines import Engine, engine_of, has_own_step, has_rule, lock_of, options_of, row_of
+from .engines import Engine, engine_of, has_own_step, has_rule, lock_step, options_of, row_of
 from .hooks import has_hooks, hooked
 from .joining import JOINABLE, Joining, step_all
 from .plan import Plan
@@ -42,8 +42,11 @@ def _planned_step(
     scaling = amp.scaling_of(grad_scaler, optimizer)
     if engine.micro_batches > 1:
         scaling = replace(scaling, divisor=float(engine.micro_batches))
-    before = engine.last
-    with lock_of(engine):
+    held: list[threading.Lock] = []
+    releases = uninterrupted.releases(held)
+    try:
+        lock_step(engine, held)
+        before = engine.last
         try:
             rules, inputs = _read(optimizer, engine)
             _step_once(optimizer, engine, rules, inputs, scaling, only)
@@ -56,6 +59,8 @@ def _planned_step(
             if engine.last is not None and engine.last is not before:  # interrupted behind it
                 _tell(grad_scaler, optimizer, engine.last)
             raise
+    finally:
+        uninterrupted.exhaust(releases)
     return loss
 
 
@@ -83,13 +88,18 @@ def _planned_step_in_pieces(
 ) -> None:
     engine = engine_of(optimizer)
     scaling = amp.scaling_of(None, optimizer)
-    with lock_of(engine):
+    held: list[threading.Lock] = []
+    releases = uninterrupted.releases(held)
+    try:
+        lock_step(engine, held)
         rules, inputs = _read(optimizer, engine)
 
         def piece(only: Collection[torch.Tensor]) -> None:
             _step_once(optimizer, engine, rules, inputs, scaling, only)
 
         run(piece)
+    finally:
+        uninterrupted.exhaust(releases)
     _mark_stepped(optimizer)
 
 
@@ -143,8 +153,7 @@ def step_together(
             try:
                 for optimizer, only, scaler in steps:
                     engine = engine_of(optimizer)
-                    if not uninterrupted.take(held, lock_of(engine)):
-                        return False
+                    lock_step(engine, held)
                     scaling = amp.scaling_of(scaler, optimizer)
                     rules, inputs = _read(optimizer, engine)
                     plan = _plan(engine, inputs, rules, tuple(map(id, only)))
@@ -157,10 +166,12 @@ def step_together(
                 return False  # whoever is refused is told so in turn
             try:
                 done = step_all(joinings)
-                _note_all(steps, done or ())
-            except BaseException:  # what is noted already is no step to be noted
+                if done is not None:
+                    _note_all(steps, done)
+            except BaseException:
                 made = [joining.part.made for joining in joinings]
-                _note_all(steps, [last for last in made if last is not None])
+                if None not in made:  # an interrupt behind the step; noted twice, it is one
+                    _note_all(steps, made)
                 raise
     finally:
         uninterrupted.exhaust(releases)
@@ -171,8 +182,8 @@ def _note_all(
     steps: Sequence[tuple[Optimizer, Collection[torch.Tensor], GradScaler | None]],
     done: Sequence[LastUpdate],
 ) -> None:
-    """What a joint step did, of all of its optimizers or of none."""
-    for (optimizer, _, scaler), last in zip(steps, done, strict=bool(done)):
+    """What a joint step did for each of its optimizers."""
+    for (optimizer, _, scaler), last in zip(steps, done, strict=True):
         engine_of(optimizer).last = last
         _tell(scaler, optimizer, last)
 

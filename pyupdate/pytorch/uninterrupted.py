@@ -20,9 +20,9 @@ exhaust: Callable[[Iterable[object]], object] = partial(deque, maxlen=0)
 """Runs through something, of which nothing is kept."""
 
 
-def answer(answers: list[Any], function: Callable[..., Any], *args: object) -> None:
+def append_result(results: list[Any], function: Callable[..., Any], *args: object) -> None:
     """Call a function of C's and append what it returns: behind the call, the answer is there."""
-    answers.extend(map(function, *zip(args)))
+    results.extend(map(function, *zip(args)))
 
 
 def take(held: list[threading.Lock], lock: threading.Lock) -> bool:

@@ -61,11 +61,13 @@ def update(
     if window is not None:
         if all(param.grad is None for param in params):  # zero_grad() has withdrawn the window
             window.position = 0
+            gradients.drop_frozen(model, apply.held(optimizer))
         else:
             apply.ensure_named(model, optimizer, params)
             window.check_kept(gives_up=False)
         before = window.position
-    stepped = engines.Stepped(optimizer)
+    was_listed = deferral.is_listed(model, name, deferred)
+    stepped: engines.Stepped | None = None
     aside = gradients.prepare(params)
     try:
         gradients.set_aside(params, aside)
@@ -86,6 +88,7 @@ def update(
         if not waits:
             # Else what is in .grad is new, and put_back() has what was there before.
             kept = any(aside.grads[index] is not None for index in unreached)
+            stepped = engines.Stepped(optimizer)
             apply.apply(model, optimizer, params, scaler, restore=kept)
             stepped.note()
             _drop(model, optimizer, params, window)
@@ -102,8 +105,8 @@ def update(
         gradients.put_back(params, aside)
         if window is not None and window.position:  # 0: check_scale has given it up
             window.position = before
-        if defer and not was_pending:
-            deferral.settle(model, name, deferred)
+        if defer:
+            deferral.withdraw(model, name, None if was_listed else deferred, waits=was_pending)
         raise
 
 
