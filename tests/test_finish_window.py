@@ -24,6 +24,7 @@ def grads_of(model: nn.Module) -> list[Any]:
     return [param.grad for param in model.parameters()]
 
 
+@pytest.mark.each_value
 @cases
 @ways
 @pytest.mark.parametrize("count", [1, 2])
@@ -42,6 +43,7 @@ def test_a_model_steps_on_the_mean_of_what_there_is(case, way, count, backend):
     close(model, twin)
 
 
+@pytest.mark.each_value
 @cases
 @ways
 def test_a_loop_of_ones_own(case, way, backend):

@@ -217,7 +217,6 @@ def scaled_once(loop: Loop) -> Loop:
 
 IN_CI = (
     "the first update",
-    "beside gradients",
     "a window's last, scaled",
     "a deferred update",
     "a scaler's step",
