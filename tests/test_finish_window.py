@@ -219,6 +219,19 @@ def test_what_was_frozen_since_is_not_in_a_later_window(backend):
     assert torch.equal(first.bias, bias - 0.5)
 
 
+def test_update_model_begins_a_window_without_what_was_frozen_since(backend):
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).double()
+    pyupdate.build(model, "sgd", lr=1.0, accumulation_steps=2)
+    x = torch.ones(1, 2, dtype=torch.float64)
+    pyupdate.update_model(model, model[0](x))
+    model[0].requires_grad_(False)
+    pyupdate.update_model(model, model[1](x))  # the first of another window
+    model[0].requires_grad_(True)
+    bias = model[0].bias.detach().clone()
+    pyupdate.update_model(model, model[0](x) + model[1](x))
+    assert torch.equal(model[0].bias, bias - 0.25)  # once, in a mean of two
+
+
 def test_a_window_whose_model_was_frozen_as_a_whole_is_closed(backend):
     model: Any = pyupdate.build(nn.Linear(2, 2), "sgd", lr=1.0, accumulation_steps=2)
     pyupdate.update_model(model, model(torch.ones(1, 2)))

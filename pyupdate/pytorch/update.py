@@ -59,9 +59,10 @@ def update(
     window = accumulation.window_of(optimizer, params)
     before = 0
     if window is not None:
-        if all(param.grad is None for param in params):  # zero_grad() has withdrawn the window
+        if all(param.grad is None for param in params):  # withdrawn by zero_grad(), or frozen since
+            if window.position:
+                gradients.drop_frozen(model, apply.held(optimizer))
             window.position = 0
-            gradients.drop_frozen(model, apply.held(optimizer))
         else:
             apply.ensure_named(model, optimizer, params)
             window.check_kept(gives_up=False)
