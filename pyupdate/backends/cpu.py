@@ -188,13 +188,8 @@ class Part:
     def step(self, inputs: Inputs, request: Request, scaling: Scaling) -> LastUpdate | None:
         """The whole step in one parallel region; None, and nothing done, where state is missing."""
         self._reduces = request.reduce
-        groups, state, numbers, threads = (
-            inputs.groups,
-            inputs.state,
-            inputs.numbers,
-            self._threads(),
-        )
-        append_result(self._answers, self._plan.step, groups, state, numbers, request, threads)
+        asked = (inputs.groups, inputs.state, inputs.numbers, request)
+        append_result(self._answers, self._plan.step, *asked, self._threads())
         found, noticed, *_ = self._answers[-1]
         if found is not self._ready and found != self._ready:
             self._answers.clear()
@@ -264,17 +259,8 @@ class Part:
 
     def apply(self, inputs: Inputs, request: Request, multiplier: float) -> None:
         """After a `check` that found all state: write."""
-        groups, state, numbers = inputs.groups, inputs.state, inputs.numbers
-        append_result(
-            self._answers,
-            self._plan.apply,
-            groups,
-            state,
-            numbers,
-            request,
-            multiplier,
-            self._threads(),
-        )
+        asked = (inputs.groups, inputs.state, inputs.numbers, request, multiplier)
+        append_result(self._answers, self._plan.apply, *asked, self._threads())
 
     def _settle(self, found: Any, noticed: Sequence[int], inputs: Inputs) -> None:
         """Say what is wrong, or mend it, or vouch that it is right after all."""
