@@ -2,13 +2,15 @@
 """Ctrl-C wherever it may come in an update: all of it was made, or nothing.
 
 An interrupt is raised at the first place where Python may raise one, at the second, and so on:
-where a function of pyupdate begins or ends, and behind each call that it makes of C. What is found
-then must be, to the bit, what there was before or what there is after an update that nobody
-interrupts, and training must go on from there as it goes on otherwise.
+where a function of pyupdate, or of the context managers that it uses, begins or ends, and behind
+each call that it makes of C. What is found then must be, to the bit, what there was before or what
+there is after an update that nobody interrupts, and training must go on from there as it goes on
+otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import sys
@@ -24,7 +26,7 @@ from torch import nn
 import pyupdate
 from pyupdate.pytorch import deferral
 
-HOME = str(Path(pyupdate.__file__).parent)
+HOMES = (str(Path(pyupdate.__file__).parent), contextlib.__file__)
 
 GOES_ON = 5
 """Of so many places one is gone on from."""
@@ -49,7 +51,7 @@ class Interrupted:
 
     def _look(self, frame: Any, event: str, _: object) -> None:
         code = frame.f_code
-        if event not in ("call", "return", "c_return") or not code.co_filename.startswith(HOME):
+        if event not in ("call", "return", "c_return") or not code.co_filename.startswith(HOMES):
             return
         if event != "c_return" and code.co_flags & inspect.CO_GENERATOR:
             return  # it may just be closed, where nobody hears of it

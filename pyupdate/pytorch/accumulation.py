@@ -8,8 +8,7 @@ number in its one multiplier. Between two steps nothing of the optimizer is writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -166,21 +165,26 @@ class Window:
             if other is param
         )
 
-    @contextmanager
-    def mean(self, count: int | None = None) -> Iterator[None]:
-        """Inside, a step is made on the mean of the window's micro-batches; afterwards it is empty.
+    def mean(self, make_step: Callable[[], Any], count: int | None = None) -> Any:
+        """Make a step on the mean of the window's micro-batches; afterwards it is empty.
 
-        After an exception it is as it was, unless the step was made before.
+        After an exception it is as it was, unless the step was made before. (No context manager:
+        an interrupt may come before its end is run, and the window would stay open.)
 
         Args:
+            make_step: makes it, whole.
             count: how many they are, with one that `position` has not counted yet.
+
+        Returns:
+            What `make_step` does.
         """
         engine = engines.engine_of(self._optimizer)
-        engine.micro_batches = max(1, self.position if count is None else count)
         before = engine.last
         try:
-            yield
-            self.close()
+            engine.micro_batches = max(1, self.position if count is None else count)
+            made = make_step()
+            self._close()
+            return made
         except BaseException as error:
             if isinstance(error, NormNotFinite):
                 error.add_note(
@@ -188,12 +192,12 @@ class Window:
                     "too where they are what is not finite: model.zero_grad() drops them"
                 )
             if engine.last is not before:  # a hook has raised behind the step, or an interrupt
-                self.close()
+                self._close()
             raise
         finally:
             engine.micro_batches = 1
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Begin anew: what was counted is stepped."""
         self.position = 0
         self.note()
@@ -359,8 +363,8 @@ def micro_step(
     found = None  # which would keep them alive
     evaluate = None if closure is None else _kept_through(closure, window)
     given = {} if scaler is None else {"grad_scaler": scaler}
-    with window.mean(before + 1):
-        return whole(optimizer, *(() if evaluate is None else (evaluate,)), **given)
+    args = () if evaluate is None else (evaluate,)
+    return window.mean(lambda: whole(optimizer, *args, **given), before + 1)
 
 
 def _kept_through(closure: Callable[[], Any], window: Window) -> Callable[[], Any]:

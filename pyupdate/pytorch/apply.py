@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,15 +186,19 @@ def apply(
     if engines.has_rule(optimizer):
         ensure_named(model, optimizer, params)
         window = accumulation.window_of(optimizer, params)
-        with (
-            _unscaled_by_own(optimizer, params, scaler, restore=restore),
-            nullcontext() if window is None else window.mean(),
-        ):
+
+        def make_step() -> None:
             if engines.has_own_step(optimizer):
                 with _others_set_aside(optimizer, params):
                     step_by_own(optimizer, scaler)
             else:
                 step.step(optimizer, grad_scaler=scaler, only=params)
+
+        with _unscaled_by_own(optimizer, params, scaler, restore=restore):
+            if window is None:
+                make_step()
+            else:
+                window.mean(make_step)
         return
     with _others_set_aside(optimizer, params):
         if scaler is None:

@@ -60,15 +60,7 @@ class DeferredUpdate(Waiting):
         """
         due = _due(self.model)
         if due is not None:
-            stepped = engines.Stepped(due.optimizer)
-            try:
-                apply.apply(due.model, due.optimizer, due.params, due.scaler, restore=True)
-                stepped.note()
-                due.settle()
-            except BaseException:
-                if stepped:
-                    due.settle()
-                raise
+            due.make()
 
     @classmethod
     def make_all(cls, updates: Sequence[DeferredUpdate]) -> Iterator[DeferredUpdate]:
@@ -87,13 +79,25 @@ class DeferredUpdate(Waiting):
 
 
 @dataclass(frozen=True)
-class _Due:
-    """A step that waits, and may be made."""
+class Due:
+    """A step on the gradients that a model has, which may be made."""
 
     model: nn.Module
     optimizer: Any
     params: list[nn.Parameter]
     scaler: torch.amp.GradScaler | None
+
+    def make(self) -> None:
+        """Make it, and `settle`; after a failure all is as it was, unless the step was made."""
+        stepped = engines.Stepped(self.optimizer)
+        try:
+            apply.apply(self.model, self.optimizer, self.params, self.scaler, restore=True)
+            stepped.note()
+            self.settle()
+        except BaseException:
+            if stepped:
+                self.settle()
+            raise
 
     def settle(self) -> None:
         """Drop what was waiting, because it was applied."""
@@ -102,7 +106,7 @@ class _Due:
         _pending.pop(self.model)
 
 
-def _due(model: nn.Module) -> _Due | None:
+def _due(model: nn.Module) -> Due | None:
     """The step of a model that waits, None where none does.
 
     Raises:
@@ -125,12 +129,12 @@ def _due(model: nn.Module) -> _Due | None:
         window.count(scaler)
         _pending.pop(model)
         return None
-    return _Due(model, optimizer, params, scaler)
+    return Due(model, optimizer, params, scaler)
 
 
-def _leading(updates: Sequence[DeferredUpdate]) -> tuple[int, list[_Due]]:
+def _leading(updates: Sequence[DeferredUpdate]) -> tuple[int, list[Due]]:
     """How many of these can be made in one go, at least one, and what is due of them."""
-    due: list[_Due] = []
+    due: list[Due] = []
     seen: set[int] = set()
     for count, update in enumerate(updates):
         try:
@@ -148,7 +152,7 @@ def _leading(updates: Sequence[DeferredUpdate]) -> tuple[int, list[_Due]]:
     return len(updates), due
 
 
-def _step_together(due: Sequence[_Due]) -> bool:
+def _step_together(due: Sequence[Due]) -> bool:
     for one in due:
         apply.ensure_named(one.model, one.optimizer, one.params)
     stepped = [engines.Stepped(one.optimizer) for one in due]
@@ -221,7 +225,7 @@ def leave(
     entry = deferred.get(name)
     if entry is None:
         deferred[name] = [DeferredUpdate(model)]
-    elif not any(_is_of(update, model) for update in entry):
+    elif not is_listed(model, name, deferred):
         entry.append(DeferredUpdate(model))
 
 

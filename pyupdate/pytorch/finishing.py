@@ -34,20 +34,7 @@ def of_model(model: nn.Module, scaler: Scaler | None) -> bool:
         deferral.check_scale(model, name, scaler)
     apply.ensure_named(model, optimizer, params)
     _check(window, optimizer, scaler, gives_up=False)
-    stepped = engines.Stepped(optimizer)
-
-    def settle() -> None:
-        gradients.drop(params)
-        gradients.drop_frozen(model, apply.held(optimizer))
-        deferral.settle(model, name, None)
-
-    try:
-        apply.apply(model, optimizer, params, scaler, restore=True)
-        settle()
-    except BaseException:
-        if stepped:
-            settle()
-        raise
+    deferral.Due(model, optimizer, params, scaler).make()
     return True
 
 
@@ -65,13 +52,16 @@ def of_optimizer(optimizer: Any, scaler: Scaler | None) -> bool:
         )
         raise ValueError(message)
     _check(window, optimizer, scaler, gives_up=True)
+
+    def make_step() -> None:
+        if engines.has_own_step(optimizer):
+            apply.step_by_own(optimizer, scaler)
+        else:
+            step.step(optimizer, grad_scaler=scaler)
+
     stepped = engines.Stepped(optimizer)
     try:
-        with window.mean():
-            if engines.has_own_step(optimizer):
-                apply.step_by_own(optimizer, scaler)
-            else:
-                step.step(optimizer, grad_scaler=scaler)
+        window.mean(make_step)
         optimizer.zero_grad()
     except BaseException:
         if stepped:

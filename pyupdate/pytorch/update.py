@@ -121,8 +121,6 @@ def _drop(
     gradients.drop(params)
     if window is not None:
         gradients.drop_frozen(model, apply.held(optimizer))
-        if window.position:
-            window.close()
 
 
 def enabled(scaler: Any) -> torch.amp.GradScaler | None:
