@@ -5,7 +5,8 @@ An interrupt is raised at the first place where Python may raise one, at the sec
 where a function of pyupdate, or of the context managers that it uses, begins or ends, and behind
 each call that it makes of C. What is found then must be, to the bit, what there was before or what
 there is after an update that nobody interrupts, and training must go on from there as it goes on
-otherwise.
+otherwise. (Nobody is told of a call of C's with ``*args``; where one writes, give its arguments one
+by one.)
 """
 
 from __future__ import annotations
